@@ -135,6 +135,11 @@ def write(name: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(tensors(config)), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config.to_dict() | {"torch_dtype": "bfloat16"}))
+    write_tokenizer(folder)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Writes SmolLM2's tokenizer, of 49152 tokens."""
     path = locate("smollm2-135m-instruct")
     file = GgufFile(path)
     file.close()

@@ -76,6 +76,9 @@ ROUTED = {
     **{"routed_scaling_factor": 1.7, "first_k_dense_replace": 1, "norm_topk_prob": True},
 }
 GROUPS = {"n_routed_experts": 12, "n_group": 4, "topk_group": 2}
+LLAMA4_SPARSE = {"moe_layers": None, "intermediate_size": 40, "num_local_experts": 7, "num_experts_per_tok": 3}
+GEMMA4_SPARSE = {"enable_moe_block": True, "num_experts": 7, "top_k_experts": 3, "moe_intermediate_size": 40}
+PHIMOE = {"num_local_experts": 7, "attention_bias": True, "lm_head_bias": True}
 GRANITE = {
     "embedding_multiplier": 3.0,
     "residual_multiplier": 0.4,
@@ -229,6 +232,25 @@ CASES: dict[str, Case] = {
     # transformers 5.24 makes the embedding of a padding token 0 when it loads this family.
     "youtu": Case("Youtu", MLA | {"pad_token_id": None}),
     "minicpm3": Case("MiniCPM3", MLA | {"scale_emb": 3, "dim_model_base": 18, "v_head_dim": None}),
+    "phimoe": Case("Phimoe", PLAIN | PHIMOE | {"sliding_window": 19, "router_jitter_noise": 0.3}),
+    "phimoe-longrope": Case(
+        "Phimoe",
+        PLAIN
+        | {"num_local_experts": 7, "original_max_position_embeddings": 16}
+        | {
+            "rope_parameters": _longrope(12)
+            | {"long_factor": _longrope(12)["short_factor"], "short_mscale": 1.1, "long_mscale": 1.3}
+            | {"original_max_position_embeddings": 16}
+        },
+    ),
+    "mellum": Case("Mellum", ODD | MOE | {"sliding_window": 19, "layer_types": [SLIDING, FULL, SLIDING]}),
+    "mellum-dense-too": Case(
+        "Mellum",
+        ODD
+        | MOE
+        | {"mlp_layer_types": ["dense", "sparse", "sparse"], "norm_topk_prob": False, "attention_bias": True}
+        | {"rope_parameters": {FULL: YARN, SLIDING: {"rope_type": "default", "rope_theta": 500.0}}},
+    ),
     "cohere": Case("Cohere", PLAIN | {"use_qk_norm": True, "attention_bias": True}),
     "cohere2": Case("Cohere2", PLAIN | {"sliding_window": 19, "num_hidden_layers": 5}),
     "stablelm": Case("StableLm", PLAIN | {"use_qkv_bias": True, "partial_rotary_factor": 0.5}),
@@ -261,6 +283,19 @@ CASES: dict[str, Case] = {
     ),
     "gemma4-plain": Case(
         "Gemma4", GEMMA4 | {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}, "Gemma4TextConfig"
+    ),
+    "gemma4-experts": Case("Gemma4", GEMMA4 | GEMMA4_SPARSE, "Gemma4TextConfig"),
+    "gemma4-experts-k-is-v": Case(
+        "Gemma4",
+        GEMMA4
+        | GEMMA4_SPARSE
+        | {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "attention_k_eq_v": True}
+        | {"num_global_key_value_heads": 1, "final_logit_softcapping": 3.0},
+        "Gemma4TextConfig",
+    ),
+    "llama4-steps": Case("Llama4", LLAMA4 | LLAMA4_SPARSE | {"interleave_moe_layer_step": 2}, "Llama4TextConfig"),
+    "llama4-one": Case(
+        "Llama4", LLAMA4 | LLAMA4_SPARSE | {"num_experts_per_tok": 1, "moe_layers": [0, 3, 4]}, "Llama4TextConfig"
     ),
     "llama4": Case("Llama4", LLAMA4, "Llama4TextConfig"),
     "llama4-plain": Case("Llama4", LLAMA4 | {"use_qk_norm": False, "attention_chunk_size": None}, "Llama4TextConfig"),

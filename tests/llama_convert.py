@@ -32,6 +32,7 @@ def convert(folder: Path, out: Path) -> None:
         "falcon_h1": {"head_dim": config.get("hidden_size", 0) // config.get("num_attention_heads", 1)},
         "nemotron_h": {"hybrid_override_pattern": "".join(letters.get(kind, "?") for kind in listed)},
         "gpt2": {"n_ctx": config.get("n_positions")},
+        "phimoe": {"original_max_position_embeddings": config.get("max_position_embeddings")},
         "cohere2": {"rotary_pct": 1.0},
         "gpt_neox": {"rotary_pct": config.get("rotary_pct", part)},
         "deepseek_v3": {"scoring_func": "sigmoid"},
@@ -43,7 +44,9 @@ def convert(folder: Path, out: Path) -> None:
     if config["model_type"] == "nemotron_h":  # by its fields it would be a mixture of experts
         hparams = {key: value for key, value in hparams.items() if "expert" not in key and "group" not in key}
         hparams["n_groups"] = config["n_groups"]
-    kind: Any = get_model_class(config["architectures"][0])
+    # transformers writes another name than the published config has.
+    name = {"PhimoeForCausalLM": "PhiMoEForCausalLM"}.get(config["architectures"][0], config["architectures"][0])
+    kind: Any = get_model_class(name)
     kind = getattr(kind, "Ministral3Model", kind)
     n_vocab = int(config["vocab_size"])
 

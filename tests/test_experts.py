@@ -11,6 +11,7 @@ from typing import Any, cast, get_args
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from fabula import _native, ops
 from fabula._native import F32, KvLayer, PagePool, Weight
@@ -71,6 +72,7 @@ def routed(
     *,
     scores: str = "softmax",
     correction: F64 | float = 0.0,
+    factors: F64 | None = None,
     renormalized: bool = False,
     scale: float = 1.0,
     groups: tuple[int, int] = (0, 0),
@@ -87,7 +89,8 @@ def routed(
         ranking = np.where(allowed, ranking, -np.inf)
     ids = np.argsort(-ranking, kind="stable")[:n]
     weights = softmax(logits[ids]) if scores == "chosen" else rated[ids]
-    return ids.tolist(), scale * (weights / weights.sum() if renormalized else weights)
+    weights = scale * (weights / weights.sum() if renormalized else weights)
+    return ids.tolist(), weights if factors is None else weights * factors[ids]
 
 
 FLAGS = {"softmax": 0, "sigmoid": kinds.ROUTE_SIGMOID, "chosen": kinds.ROUTE_CHOSEN}
@@ -101,15 +104,17 @@ FLAGS = {"softmax": 0, "sigmoid": kinds.ROUTE_SIGMOID, "chosen": kinds.ROUTE_CHO
 def test_router(scores: str, renormalized: bool, corrected: bool, groups: tuple[int, int], by_best: bool) -> None:
     logits, n = random(1, 9, 20), 5
     correction = random(2, 20) if corrected else None
+    factors = random(3, 20) if by_best else None
     flags = FLAGS[scores] | kinds.ROUTE_NORM * renormalized | kinds.ROUTE_TOP * by_best
     op = Op(
         kind=kinds.ROUTER, input=0, out=1, n_chosen=n, n_groups=groups[0], n_top_groups=groups[1], vector=correction,
-        scale=1.5, flags=flags,
+        vector2=factors, scale=1.5, flags=flags,
     )  # fmt: skip
     ours = Rows([logits], [2 * n], [op], 1).everywhere()
     for row, found in zip(logits.astype(np.float64), ours, strict=True):
         ids, weights = routed(
             row, n, scores=scores, correction=0.0 if correction is None else correction.astype(np.float64),
+            factors=None if factors is None else factors.astype(np.float64),
             renormalized=renormalized, scale=1.5, groups=groups, by_best=by_best,
         )  # fmt: skip
         assert found[:n].tolist() == ids
@@ -121,6 +126,31 @@ def test_of_equal_experts_the_lower_index_goes_first(scores: str) -> None:
     logits = np.array([[0, 0, 0, 0, 0, 0, 0], [1, 2, 2, 0, 2, 1, 2], [-1, 3, 0, 0, 3, 0, 5]], np.float32)
     op = Op(kind=kinds.ROUTER, input=0, out=1, n_chosen=3, flags=FLAGS[scores])
     assert Rows([logits], [6], [op], 1).everywhere()[:, :3].tolist() == [[0, 1, 2], [1, 2, 4], [6, 1, 4]]
+
+
+def test_sigmoids_that_round_to_one_rank_by_their_logits() -> None:
+    logits = np.array([[20, 30, 40, 25, -5, 0, 1]], np.float32)
+    op = Op(kind=kinds.ROUTER, input=0, out=1, n_chosen=3, flags=kinds.ROUTE_SIGMOID)
+    (found,) = Rows([logits], [6], [op], 1).everywhere()
+    assert found.tolist() == [2, 1, 3, 1, 1, 1]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01, 0.3])
+@pytest.mark.parametrize("shift", [-3, 0, 3])
+def test_a_mixer(noise: float, shift: float) -> None:
+    """SparseMixer as transformers has it, where nothing is trained; of equal experts the lower index goes first."""
+    from transformers.models.phimoe.modeling_phimoe import sparsemixer
+
+    logits = np.round(random(4, 50, E) + np.float32(shift), 1)
+    theirs, chosen = sparsemixer(torch.tensor(logits), noise, training=False)
+    op = Op(kind=kinds.ROUTER, input=0, out=1, n_chosen=2, limit=2 * noise, flags=kinds.ROUTE_MIXER)
+    ours = Rows([logits], [4], [op], 1).everywhere()
+    best = np.argsort(-logits, axis=1, kind="stable")[:, :2]
+    np.testing.assert_array_equal(ours[:, :2], best)
+    same = (chosen.numpy() == best).all(axis=1)
+    assert same.sum() > 30
+    np.testing.assert_allclose(ours[same, 2:], theirs.numpy()[same], rtol=2e-6)
+    assert noise == 0 or ours[:, 2:].min() < 0.9, "some have neighbors"
 
 
 def test_a_logit_that_is_not_finite_reaches_the_result() -> None:
@@ -310,6 +340,10 @@ def test_refused(change: dict[str, Any], text: str) -> None:
         ({"n_groups": 2, "n_top_groups": 1}, "groups"),
         ({"n_groups": 7, "n_top_groups": 2}, "do not give 3"),
         ({"vector": np.zeros(3, np.float32)}, "3 corrections"),
+        ({"vector2": np.zeros(3, np.float32)}, "3 factors"),
+        ({"flags": kinds.ROUTE_MIXER | kinds.ROUTE_NORM}, "a mixer has no other scores"),
+        ({"flags": kinds.ROUTE_MIXER, "n_groups": 7, "n_top_groups": 7}, "a mixer has no other scores"),
+        ({"flags": kinds.ROUTE_MIXER, "limit": -0.1}, "limit"),
         ({"flags": kinds.ROUTE_SIGMOID | kinds.ROUTE_CHOSEN}, "not both"),
         ({"eps": -1.0}, "eps"),
     ],

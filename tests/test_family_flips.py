@@ -22,6 +22,8 @@ from test_config_flips import ABSENT, FIELDS, LONG, OTHERS, SPOKEN, YARN, judge
 transformers.AutoModelForCausalLM.register(transformers.Mistral4Config, transformers.Mistral4ForCausalLM, exist_ok=True)
 # One case of each family.
 FAMILIES: dict[str, Case] = {case.model_type: case for case in reversed(CASES.values())}
+FAMILIES["gemma4_text-experts"] = CASES["gemma4-experts"]
+FAMILIES["llama4_text-dense"] = CASES["llama4"]
 OWN: dict[str, list[Any]] = {
     **hybrids.FLIPS,
     "activation_sparsity_pattern": [[0.1] * 7, [0.0] * 7, None, [0.5]],
@@ -43,7 +45,6 @@ OWN: dict[str, list[Any]] = {
     "expansion_ratio": [2],
     "dim_model_base": [36, None],
     "kv_lora_rank": [20],
-    "mlp_layer_types": [["sparse", "dense", "sparse"], ["dense"] * 3, None, ["dense"]],
     "q_lora_rank": [None, 20],
     "qk_nope_head_dim": [10],
     "qk_rope_head_dim": [6, 7],
@@ -74,14 +75,14 @@ OWN: dict[str, list[Any]] = {
     "clip_qkv": [0.2, None],
     "decoder_sparse_step": [1, 2, 3],
     "embedding_multiplier": [0.5, 7],
-    "enable_moe_block": [True],
+    "enable_moe_block": [True, False],
     "ffn_hidden_size": [None, ABSENT],
     "final_logit_softcapping": [0.5, None],
     "first_k_dense_replace": [0, 2],
     "floor_scale": [4],
     "hidden_activation": ["gelu", "silu", "relu", "no such", None, ABSENT],
     "hidden_size_per_layer_input": [8],
-    "interleave_moe_layer_step": [2],
+    "interleave_moe_layer_step": [1, 2],
     "layer_norm_eps": [0.1, 0.0],
     "layer_norm_epsilon": [0.1, ABSENT],
     "logit_scale": [0.5, ABSENT],
@@ -97,10 +98,18 @@ OWN: dict[str, list[Any]] = {
     "n_shared_experts": [1],
     "topk_group": [1, 2],
     "routed_scaling_factor": [0.3, 1.0],
+    "router_jitter_noise": [0.05, 0.0],
+    "num_experts_per_tok": [1, 2],
+    "top_k_experts": [1, 2],
     "shared_intermediate_size": [30, 0],
     "swiglu_alpha": [1.0, ABSENT],
     "swiglu_limit": [0.5, ABSENT],
-    "moe_layers": [None, [1]],
+    "lm_head_bias": [True, False],
+    "mlp_layer_types": [
+        *(["dense", "sparse", "sparse"], ["sparse", "dense", "sparse"], ["sparse"] * 3, ["dense"] * 3),
+        *(["sparse"], ["dense"], ["other"] * 3, None),
+    ],
+    "moe_layers": [None, [1], []],
     "multi_query": [False],
     "n_inner": [None, 100],
     "n_layer": [1],
@@ -147,10 +156,18 @@ IDLE = {
         "pretraining_tp",
     ),
     *("moe_k", "moe_num_experts", "moe_topk", "n_routed_experts", "num_mtp_layers", "sep_token_id"),
-    *("is_decoder", "moe_intermediate_size", "n_embd", "n_head", "num_experts", "num_experts_per_tok"),
+    *("is_decoder", "moe_intermediate_size", "n_embd", "n_head", "num_experts"),
     *("num_local_experts", "output_router_logits", "resid_pdrop", "residual_dropout", "router_aux_loss_coef"),
-    *("router_jitter_noise", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type"),
-    *("summary_use_proj", "top_k_experts", "intermediate_size_mlp", "embedding_initializer_range"),
+    *(
+        "input_jitter_noise",
+        "mtp_layer_types",
+        "mtp_mlp_layer_types",
+        "summary_activation",
+        "summary_first_dropout",
+        "summary_proj_to_labels",
+        "summary_type",
+    ),
+    *("summary_use_proj", "intermediate_size_mlp", "embedding_initializer_range"),
 }
 # What a refusal may speak of in place of the field: the tensors that are missing or of another shape then.
 WEIGHTS = {
@@ -172,6 +189,8 @@ WEIGHTS = {
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "v_head_dim", "mlp_layer_types"), ("tensor",)),
     "qk_rope_head_dim": ("tensor", "head_dim"),
     "topk_method": ("n_group",),
+    **dict.fromkeys(("moe_layers", "interleave_moe_layer_step", "lm_head_bias"), ("tensor",)),
+    "enable_moe_block": ("tensor", "num_experts"),
     **dict.fromkeys(("d_model", "n_heads", "n_layers", "altup_num_inputs", "laurel_rank"), ("tensor",)),
     "num_hidden_layers": (
         "layer_types",

@@ -77,6 +77,18 @@ class Cut:
 
 _UNKNOWN = "llama.cpp's conversion does not know the family"
 _NO_BIAS = "llama.cpp has no such bias in this architecture"
+_NO_MIXER = "llama.cpp has RMS norms and a plain softmax in this family; see test_sparse_families.py"
+_LOSES_MSCALE = "it writes another factor on cos and sin than the config's"
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24, "rope_theta": 10000.0}
+_PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32, "rope_theta": 500000.0,
+}  # fmt: skip
+# What llama.cpp has no keys for.
+LLAMA4_RELEASED = {
+    "attention_chunk_size": 8192, "floor_scale": 8192, "attn_scale": 0.1, "no_rope_layer_interval": 4,
+}  # fmt: skip
 GELU = 2e-3
 CUTS: Mapping[str, Cut] = {
     "llama": Cut("internlm3"),
@@ -177,6 +189,20 @@ CUTS: Mapping[str, Cut] = {
     "gemma4-plain": Cut(
         "gemma4-plain", bound=GELU, converted="without a cap of logits it writes no key, which is read as 30"
     ),
+    "gemma4-experts": Cut(
+        "gemma4-experts", {"final_logit_softcapping": 4.0, "num_kv_shared_layers": 3}, bound=3 * GELU
+    ),
+    "gemma4-experts-k-is-v": Cut("gemma4-experts-k-is-v", bound=3 * GELU),
+    "llama4": Cut("llama4-steps", LLAMA4_RELEASED),
+    "llama4-scaled": Cut("llama4-steps", LLAMA4_RELEASED | {"num_experts_per_tok": 1, "rope_parameters": LLAMA3}),
+    "phimoe": Cut("phimoe", {"sliding_window": None, "router_jitter_noise": 0.01}, peer=_NO_MIXER),
+    "phimoe-longrope": Cut(
+        "phimoe-longrope",
+        {"rope_parameters": CASES["phimoe-longrope"].settings["rope_parameters"] | {"short_mscale": 1.3}},
+        peer=_NO_MIXER, converted=_LOSES_MSCALE, exact=False,
+    ),
+    "mellum": Cut("mellum", {"rope_parameters": {FULL: _YARN, SLIDING: _PLAIN_ROPE}}),
+    "mellum-thetas": Cut("mellum", peer="llama.cpp takes one theta for all layers"),
     "mixtral": Cut("mixtral", {"sliding_window": None}),
     "qwen2_moe": Cut("qwen2_moe", {"mlp_only_layers": []}),
     "qwen3_moe": Cut("qwen3_moe-steps", {"decoder_sparse_step": 1}),
@@ -192,7 +218,7 @@ CUTS: Mapping[str, Cut] = {
     "minimax_m2": Cut("minimax_m2"),
     "hunyuan_moe": Cut("hunyuan_moe", {"attention_bias": False}, converted="it wants a key that is not in the config"),
     "gpt_oss": Cut("gpt_oss-plain", {"attention_bias": True, "swiglu_limit": 7.0, "layer_types": None}),
-    "gpt_oss-yarn": Cut("gpt_oss", peer="llama.cpp cuts the ends of YaRN's ramp to whole numbers, the model does not"),
+    "gpt_oss-yarn": Cut("gpt_oss", peer="llama.cpp cuts the ends of YaRN's ramp; see test_gpt_oss.py"),
     "deepseek_v2": Cut("deepseek_v2", {"norm_topk_prob": False}),
     # llama.cpp knows models without a latent of queries by their number of layers.
     "deepseek_v2-lite": Cut(
@@ -383,6 +409,11 @@ def test_what_llama_cpp_converts_is_the_same_model(made: Made, converted: Path, 
         (CASES["olmoe"], "'olmoe': layer 0 experts router renormalized is True"),
         (CASES["mixtral"], "no key for a window in family 'mixtral'"),
         (CASES["gptj"], "not written for the family 'gptj'"),
+        (CASES["llama4"], "written for mixtures of experts only"),
+        (CASES["llama4-steps"], r"'llama4\.attention\.sliding_window': is 23; models of this architecture have chunks"),
+        (CASES["phimoe-longrope"], "short_mscale is 1.1, long_mscale 1.3"),
+        (CASES["phimoe"], "'phimoe': layer 0 experts router tolerance is 0.6"),
+        (CASES["mellum-dense-too"], "no layers without experts in family 'mellum'"),
         (Case("Falcon", FALCON | {"activation": "relu"}), "'falcon': layer 0 mlp activation is relu"),
         (Case("Starcoder2", WHOLE | {"sliding_window": None, "hidden_act": "gelu"}), "mlp activation is gelu,"),
         (Case("Olmo3", PLAIN | {"sliding_window": 19, "num_hidden_layers": 5, "rope_parameters": {

@@ -21,10 +21,12 @@ from fabula.cli.main import cli
 from fabula.engine.runner import Runner
 from fabula.errors import InvalidArgument, ModelFileError, Unsupported
 from fabula.export.quantize import quantize_model
-from fabula.formats.checkpoint import DType
+from fabula.formats.checkpoint import DType, TensorInfo
 from fabula.formats.gguf import GgufFile
 from fabula.formats.mxfp4 import ggml_blocks, joined
 from fabula.models.opening import open_model
+from fabula.models.precision import precision_of
+from fabula.models.rope import make_rope
 from llama_peer import LlamaCpp
 
 CASE = Case(
@@ -151,6 +153,53 @@ def test_llama_cpp_reads_it_alike(published: Published, tmp_path: Path, llama_cp
     assert theirs is not None
     exact, ours = logits(tmp_path / "out.gguf"), logits(tmp_path / "out.gguf", weights=lambda info: info.dtype)
     assert difference(ours, exact) <= 1.5 * difference(theirs, exact)
+
+
+def test_llama_cpp_cuts_the_ramp_of_yarn(tmp_path: Path, llama_cpp: LlamaCpp) -> None:
+    """Its logits are those of the model whose config has truncate true, and of no other: the ends of the ramp are cut
+    to whole numbers there. The published config, its reference code and transformers do not cut them."""
+    folder = tmp_path / "m"
+    settings = {**ODD, **GPT_OSS, "attention_bias": True}  # transformers' rope for this family: YaRN, not cut
+    model = make_model(Case("GptOss", settings), folder)
+    (folder / "tokenizer.json").write_text(tiny.tokenizer_json(), encoding="utf-8")
+    quantize_model(folder, tmp_path / "out.gguf", "f32", threads=1)
+    theirs = llama_cpp.logits(tmp_path / "out.gguf", IDS.tolist(), context=256)
+    assert theirs is not None
+    with torch.no_grad():
+        exact = model(torch.tensor(IDS[None].astype(np.int64)), use_cache=False).logits[0].numpy()
+    assert difference(logits(tmp_path / "out.gguf"), exact) <= 1e-4 < 1e-3 < difference(theirs, exact)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["rope_parameters"]["truncate"] is False
+    config["rope_parameters"]["truncate"] = True
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert difference(logits(folder), theirs) <= 1e-5
+
+
+@pytest.mark.parametrize(("head_dim", "largest"), [(64, 0.43), (40, 0.083)])
+def test_what_the_cut_does_to_angles(head_dim: int, largest: float) -> None:
+    """By how much frequencies differ, as a part of those that are cut: by nothing else than the cut."""
+    rope = {
+        "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "rope_theta": 150000.0,
+        "original_max_position_embeddings": 4096,
+    }  # fmt: skip
+    exact, cut = (make_rope(rope | {"truncate": is_cut}, head_dim, 131072, 131072, Path("x")) for is_cut in (0, 1))
+    assert exact.scale == cut.scale == pytest.approx(0.1 * np.log(32) + 1)
+    apart = np.abs(exact.inv_freq / cut.inv_freq - 1)
+    assert apart.max() == pytest.approx(largest, rel=0.01) and (apart > 1e-5).sum() == (9 if head_dim == 64 else 5)
+
+
+def test_experts_in_one_tensor_have_the_role_of_an_mlp(published: Published) -> None:
+    """`--weights` takes the formats in memory that `fabula quantize` writes."""
+    checkpoint, config = open_model(published.folder)
+    checkpoint.close()
+    choose, prefix = precision_of("mxfp4", config), "model.layers.0.mlp."
+    matrices = ("experts.gate_up_proj", "experts.down_proj", "experts.3.up_proj.weight", "experts.up_proj.weight")
+    for name in matrices:
+        assert choose(TensorInfo(prefix + name, DType.BF16, (7, 128, 96), 7 * 128 * 96 * 2)) is DType.MXFP4
+    assert choose(TensorInfo(prefix + "gate.weight", DType.BF16, (7, 96), 7 * 96 * 2)) is DType.F32
+    assert choose(TensorInfo("model.layers.0.self_attn.q_proj.weight", DType.BF16, (96, 96), 96 * 96 * 2)) is DType.Q8_0
+    last = precision_of("q4_k_m", config)
+    assert last(TensorInfo("model.layers.2.mlp.experts.down_proj", DType.F32, (7, 96, 256), 1)) is DType.Q6_K
 
 
 def test_shapes_that_do_not_belong_together(tmp_path: Path) -> None:

@@ -343,7 +343,12 @@ enum fb_op_kind {
  * themselves. The n_chosen experts with the largest score + vector [n_experts] (or score alone, without `vector`) are a
  * row's, best first; of equal ones the lower index goes first. `out` [2 n_chosen] holds their indices, then their
  * weights: `scale` times their scores, divided by `eps` + the sum of all chosen if they are renormalized. With groups of
- * n_experts / n_groups neighbors, only experts of the best n_top_groups groups are chosen.
+ * n_experts / n_groups neighbors, only experts of the best n_top_groups groups are chosen. `vector2` [n_experts] holds a
+ * factor on the weights of each expert. Sigmoids without a correction and without groups rank as their logits do, which
+ * stay apart where sigmoids round to 1.
+ *
+ * With FB_ROUTE_MIXER the experts are chosen one after the other, by their logits l. The weight of expert b is
+ * scale / sum of e^(l_i - l_b) over the experts i not chosen before with (l_b - l_i) / max(|l_i|, l_b) <= limit.
  *
  * EXPERTS multiplies a row by the matrix of each of its experts: `in` [n_cols], which all of them read, or
  * [n_chosen n_cols], a part for each. Router's result is buffer `factors`, `vector` a bias [n_experts n_rows].
@@ -431,6 +436,7 @@ enum fb_op_flag {
     FB_ROUTE_CHOSEN = 256,   /* ROUTER: scores are logits; weights are the softmax over those chosen */
     FB_ROUTE_NORM = 512,     /* ROUTER: weights are divided by their sum */
     FB_ROUTE_TOP = 1024,     /* ROUTER: a group is as good as its best expert; else as the sum of its best two */
+    FB_ROUTE_MIXER = 262144, /* ROUTER: SparseMixer; see above */
     FB_EXPERTS_GATED = 2048, /* EXPERTS: weight and bias interleave gate and up by 16 rows */
     FB_EXPERTS_SUM = 4096,   /* EXPERTS: results are summed */
     /* EXPERTS: products are multiplied by the expert's weight before bias and activation; with FB_EXPERTS_SUM that was
@@ -476,7 +482,7 @@ struct fb_op {
     const fb_weight *weight; /* EMBED*, LINEAR*, LOGITS, EXPERTS; borrowed: it must outlive the program */
     const float *vector;     /* weights of a norm, bias, or sink logits; see above. Copied */
     /* HEAD_NORM: k-head norm; LAYER_NORM, SHORT_CONV: bias; XIELU: its numbers; ATTENTION: slopes; DELTA_RULE, SSM: biases
-     * of gates. Copied */
+     * of gates; ROUTER: factors. Copied */
     const float *vector2;
     int32_t vector_length; /* of `vector`; 0 when NULL */
     int32_t vector2_length;
@@ -484,7 +490,8 @@ struct fb_op {
     /* EMBED, LINEAR, LOGITS, SCALE, ADD, ROUTER, EXPERTS: factor; ATTENTION: factor on q.k, usually 1/sqrt(k_dim);
      * DELTA_RULE: factor on q */
     float scale;
-    /* LOGITS, ATTENTION: soft cap of logits or scores, limit tanh(x / limit), 0 for none; CLAMP; SSM: the largest dt */
+    /* LOGITS, ATTENTION: soft cap of logits or scores, limit tanh(x / limit), 0 for none; CLAMP; SSM: the largest dt;
+     * ROUTER */
     float limit;
     /* ATTENTION: a query at position p is multiplied by 1 + temperature ln(1 + floor((p + offset) / length)); 0: not */
     float temperature;

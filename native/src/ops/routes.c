@@ -1,6 +1,7 @@
 /* routes.c - chooses experts, and sorts rows by expert. See routes.h. */
 #include "ops/routes.h"
 
+#include <math.h>
 #include <string.h>
 
 /* ---- Choosing ---------------------------------------------------------------------------------------------------- */
@@ -41,18 +42,44 @@ static void softmax(const struct fb_kernels *kernels, const float *x, size_t n, 
     kernels->scale(out, n, 1.0f / sum);
 }
 
+/* SparseMixer at inference (Liu et al. 2024, arXiv:2409.12136; Phi-3.5-MoE): experts are chosen one after the other. The
+ * weight of each is its part of a softmax over those not chosen before it whose logits are near its own: at most `limit`
+ * below, as a part of the larger of the two, the other taken absolutely. */
+static void mix_row(
+    const struct fb_kernels *kernels, const struct fb_op *op, const float *logits, size_t n, float *out) {
+    bool taken[FB_MOST_EXPERTS] = {0};
+    float kept[FB_MOST_EXPERTS];
+    const size_t n_chosen = (size_t)op->n_chosen;
+    for (size_t r = 0; r < n_chosen; r++) {
+        const size_t best = best_of(logits, taken, n);
+        size_t n_kept = 0;
+        for (size_t i = 0; i < n; i++) {
+            const float size = fabsf(logits[i]), larger = size > logits[best] ? size : logits[best];
+            if (!taken[i] && !((logits[best] - logits[i]) / larger > op->limit)) kept[n_kept++] = logits[i];
+        }
+        taken[best] = true;
+        out[r] = (float)best;
+        out[n_chosen + r] = op->scale / kernels->exp_sum(kept, n_kept, 1.0f, logits[best], kept);
+    }
+}
+
 void fb_route_row(
     const struct fb_kernels *kernels, const struct fb_op *op, const float *logits, size_t n_experts, float *out) {
     float scores[FB_MOST_EXPERTS], ranking[FB_MOST_EXPERTS];
     bool taken[FB_MOST_EXPERTS] = {0};
     const size_t n_bytes = n_experts * sizeof *scores, n_chosen = (size_t)op->n_chosen;
     const bool is_sigmoid = op->flags & FB_ROUTE_SIGMOID, is_late = op->flags & FB_ROUTE_CHOSEN;
+    if (op->flags & FB_ROUTE_MIXER) {
+        mix_row(kernels, op, logits, n_experts, out);
+        return;
+    }
     memcpy(scores, logits, n_bytes);
     if (is_sigmoid)
         kernels->activate[FB_ACTIVATION_SIGMOID](scores, n_experts, NULL);
     else if (!is_late)
         softmax(kernels, logits, n_experts, scores);
-    memcpy(ranking, scores, n_bytes);
+    /* Sigmoids of large logits are equal: what ranks them is added to them, or they rank as their logits do. */
+    memcpy(ranking, is_sigmoid && !op->vector && op->n_groups <= 1 ? logits : scores, n_bytes);
     if (op->vector) kernels->add(ranking, op->vector, n_experts);
     if (op->n_groups > 1) drop_groups(op, ranking, n_experts, taken);
 
@@ -69,6 +96,7 @@ void fb_route_row(
     for (size_t r = 0; r < n_chosen; r++) {
         if (op->flags & FB_ROUTE_NORM) weights[r] /= sum;
         weights[r] *= op->scale;
+        if (op->vector2) weights[r] *= op->vector2[(size_t)ids[r]];
     }
 }
 

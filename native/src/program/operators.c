@@ -210,6 +210,12 @@ static enum fb_status check_router(const struct fb_check *c) {
     FB_REQUIRE(op->eps >= 0.0f && isfinite(op->eps), "op %d (router): eps must be finite and not negative", i);
     FB_REQUIRE(!(op->flags & FB_ROUTE_SIGMOID) || !(op->flags & FB_ROUTE_CHOSEN),
         "op %d (router): scores are sigmoids or logits, not both", i);
+    FB_REQUIRE(op->vector2_length == 0 || op->vector2_length == n, "op %d (router): %d factors for %d experts", i,
+        op->vector2_length, n);
+    const uint32_t others = FB_ROUTE_SIGMOID | FB_ROUTE_CHOSEN | FB_ROUTE_NORM | FB_ROUTE_TOP;
+    FB_REQUIRE(!(op->flags & FB_ROUTE_MIXER) ||
+                   (!(op->flags & others) && !op->vector_length && !op->vector2_length && op->n_groups == 0),
+        "op %d (router): a mixer has no other scores, corrections, factors or groups", i);
     if (op->n_groups == 0) return FB_OK;
     FB_REQUIRE(op->n_groups >= 1 && n % op->n_groups == 0 && op->n_top_groups >= 1 &&
                    op->n_top_groups <= op->n_groups && (int64_t)op->n_top_groups * (n / op->n_groups) >= op->n_chosen,

@@ -1,12 +1,12 @@
 """Converts a config to GGUF key-values: the inverse of formats/gguf_config.py, which must read the same config.
 
-The architecture is chosen so that llama.cpp computes the same logits; `llama_cpp_notes` lists what it does not support.
+The architecture is chosen so that llama.cpp computes the same logits; peer_notes.py says what it does not support.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from fabula.formats.checkpoint import Checkpoint
 from fabula.formats.gguf_config import ROPE_FREQS, ROPE_LONG, ROPE_SHORT
 from fabula.formats.gguf_families import ARCHITECTURES, XIELU
 from fabula.formats.gguf_write import Value
-from fabula.models.description import DeltaRule, ModelConfig
+from fabula.models.description import ModelConfig
 from fabula.models.rope import make_rope, rotated_width
 
-# model_type -> architecture. GPT-J has none in llama.cpp, and Llama 4 only as a mixture of experts.
+# model_type -> architecture. GPT-J has none in llama.cpp.
 _BASE: Mapping[str, str] = {
     **dict.fromkeys(
         ("llama", "mistral", "ministral", "cwm", "helium", "internlm2", "internlm3", "iquestcoder", "baichuan"),
@@ -38,7 +38,7 @@ _BASE: Mapping[str, str] = {
     "lfm2_moe": "lfm2moe", "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe",
     "granitemoehybrid": "granitehybrid", "bamba": "granitehybrid", "falcon_h1": "falcon-h1",
     "minimax_m2": "minimax-m2", "gpt_oss": "gpt-oss", "hunyuan_v1_moe": "hunyuan-moe",
-    "ministral3": "mistral3", "gemma3_text": "gemma3", "gemma3n_text": "gemma3n",
+    "llama4_text": "llama4", "ministral3": "mistral3", "gemma3_text": "gemma3", "gemma3n_text": "gemma3n",
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite", "sarvam_mla", "youtu"), "deepseek2"),
     "gemma4_text": "gemma4", "phi": "phi2", "glm": "chatglm",
     "cohere": "command-r", "hunyuan_v1_dense": "hunyuan-dense", "gpt_neox": "gptneox",
@@ -46,10 +46,6 @@ _BASE: Mapping[str, str] = {
 _SOFTMAX, _SIGMOID = 1, 2  # of enum llama_expert_gating_func_type
 _UNROTATED = 1e30  # as in llama.cpp's conversion
 _BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # of YaRN: defaults of readers
-# Architectures whose heads are hidden_size / n_heads wide in llama.cpp.
-_WHOLE_HEADS = ("qwen2", "qwen2vl", "phi2", "phi3", "olmo", "olmo2", "command-r", "cohere2", "stablelm", "nemotron",
-                "starcoder2", "falcon", "gpt2", "gptneox", "bloom", "mpt", "internlm2", "baichuan", "chatglm",
-                "exaone4", "qwen2moe", "olmoe", "lfm2", "lfm2moe")  # fmt: skip
 
 
 def architecture_of(config: ModelConfig, path: Path) -> str:
@@ -69,17 +65,19 @@ def architecture_of(config: ModelConfig, path: Path) -> str:
     if any(not layer.experts for layer in config.layers) and "ffn_down" not in ARCHITECTURES[base].layer:
         raise Unsupported(f"{path}: GGUF has no layers without experts in family {config.model_type!r}")
     is_sparse = any(layer.experts for layer in config.layers)  # "llama" has windows for Mistral, not for Mixtral
-    if _has_windows(config) and is_sparse and (base == "llama" or ARCHITECTURES[base].windows is None):
+    if base == "llama4" and not is_sparse:
+        raise Unsupported(f"{path}: GGUF files of Llama 4 are written for mixtures of experts only")
+    if has_windows(config) and is_sparse and (base == "llama" or ARCHITECTURES[base].windows is None):
         raise Unsupported(
             f"{path}: config 'sliding_window': GGUF has no key for a window in family {config.model_type!r}"
         )
-    if _has_windows(config) and base in ("llama", "mistral3"):
+    if has_windows(config) and base in ("llama", "mistral3"):
         return "granite_swa"
-    if _has_windows(config) and ARCHITECTURES[base].windows is None:
+    if has_windows(config) and ARCHITECTURES[base].windows is None:
         raise Unsupported(
             f"{path}: config 'sliding_window': GGUF has no key for a window in family {config.model_type!r}"
         )
-    return "mistral3" if base == "llama" and _other_betas(config) else base
+    return "mistral3" if base == "llama" and other_betas(config) else base
 
 
 def config_keys(config: ModelConfig, name: str, path: Path) -> dict[str, Value]:
@@ -97,7 +95,6 @@ def config_keys(config: ModelConfig, name: str, path: Path) -> dict[str, Value]:
     row = ARCHITECTURES[arch]
     if config.mlp_bias and row.silu and not any("ffn_up" in parts for parts in row.biases.values()):
         raise Unsupported(f"{path}: config 'mlp_bias': GGUF has no key for it in family {config.model_type!r}")
-    norm = config.final_norm
     keys: dict[str, Value] = {
         "general.architecture": arch,
         "general.type": "model",
@@ -110,7 +107,7 @@ def config_keys(config: ModelConfig, name: str, path: Path) -> dict[str, Value]:
         f"{arch}.attention.head_count_kv": config.n_kv_heads,
         f"{arch}.attention.key_length": config.head_dim,
         f"{arch}.attention.value_length": config.head_dim,
-        f"{arch}.attention.layer_norm{'_rms' if norm.kind == 'rms' else ''}_epsilon": np.float32(norm.eps),
+        f"{arch}.attention.layer_norm{'' if row.eps else '_rms'}_epsilon": np.float32(config.final_norm.eps),
     }
     if config.ropes:
         rope, head_dim = main_rope(config)
@@ -135,7 +132,7 @@ def main_rope(config: ModelConfig) -> tuple[Mapping[str, Any], int]:
     return config.ropes[tables[0]]
 
 
-def _local_theta(config: ModelConfig) -> float | None:
+def local_theta(config: ModelConfig) -> float | None:
     """The theta of layers with a window."""
     tables = [a.rope for a in config.attentions if a.window and a.rope >= 0]
     return float(config.ropes[tables[0]][0]["rope_theta"]) if tables else None
@@ -143,7 +140,7 @@ def _local_theta(config: ModelConfig) -> float | None:
 
 def _windows(config: ModelConfig, arch: str, path: Path) -> dict[str, Value]:
     row = ARCHITECTURES[arch].windows
-    if row is None or arch in ("llama", "mistral3") or (not _has_windows(config) and row.default == 0):
+    if row is None or arch in ("llama", "mistral3") or (not has_windows(config) and row.default == 0):
         return {}
     sizes = set(config.windows) - {0}
     if len(sizes) > 1:
@@ -178,7 +175,7 @@ def _experts(c: ModelConfig, arch: str) -> dict[str, Value]:
         "expert_group_count": router.n_groups or 1,
         "expert_group_used_count": router.n_top_groups or 1,
         "leading_dense_block_count": first,
-        "interleave_moe_layer_step": sparse[1] - first if len(sparse) > 1 else 1,
+        "interleave_moe_layer_step": sparse[1] - first if len(sparse) > 1 else first + 1,
     }
     return keys | {key: value for key, value in more.items() if key in reads}
 
@@ -194,14 +191,14 @@ def _granite_keys(c: ModelConfig) -> dict[str, Value]:
 
 def _gemma3_keys(c: ModelConfig) -> dict[str, Value]:
     keys: dict[str, Value] = {"final_logit_softcapping": np.float32(c.logit_cap)} if c.logit_cap else {}
-    theta = _local_theta(c)
+    theta = local_theta(c)
     return keys if theta is None else {**keys, "rope.freq_base_swa": np.float32(theta)}
 
 
 def _gemma3n_keys(c: ModelConfig) -> dict[str, Value]:
     assert c.altup is not None
     cutoffs = [-math.inf if layer.mlp.cutoff is None else layer.mlp.cutoff for layer in c.layers]
-    theta = _local_theta(c)
+    theta = local_theta(c)
     keys: dict[str, Value] = {
         "feed_forward_length": np.array([layer.mlp.size for layer in c.layers], np.int32),
         "altup.active_idx": c.altup.active,
@@ -226,7 +223,7 @@ def _gemma4_keys(c: ModelConfig) -> dict[str, Value]:
     """Sizes by layer. Without its key, the cap of logits is taken to be 30."""
     full = next(layer.attention for layer in c.layers if not layer.attention.window)
     narrow = next((layer.attention for layer in c.layers if layer.attention.window), full)
-    theta = _local_theta(c)
+    theta = local_theta(c)
     keys: dict[str, Value] = {
         "attention.key_length": full.k_dim,
         "attention.value_length": full.k_dim,
@@ -285,6 +282,7 @@ _OWN: Mapping[str, Callable[[ModelConfig], dict[str, Value]]] = {
     "gemma3": _gemma3_keys,
     "gemma3n": _gemma3n_keys,
     "gemma4": _gemma4_keys,
+    "mellum": lambda c: {} if (theta := local_theta(c)) is None else {"rope.freq_base_swa": np.float32(theta)},
     "mpt": _mpt_keys,
     "deepseek2": _deepseek2_keys,
     "olmo": lambda c: {"attention.clamp_kqv": np.float32(clip)} if (clip := c.layers[0].attention.qkv_clip) else {},
@@ -329,66 +327,7 @@ def has_sinks(arch: str) -> bool:
     return arch == "granite_swa"
 
 
-def llama_cpp_notes(config: ModelConfig, metadata: Mapping[str, Value], names: Collection[str]) -> Iterator[str]:
-    """What llama.cpp computes differently from a file, or cannot read; one sentence each.
-
-    Args:
-        config: of the model.
-        metadata: key-values of the file.
-        names: of its tensors.
-    """
-    arch = str(metadata["general.architecture"])
-    if _has_windows(config):
-        window = max(config.windows)
-        if arch == "granite_swa":
-            yield (
-                f"it is written as granite_swa, in which llama.cpp has the window of {window} tokens; versions that do "
-                "not know this architecture refuse the file"
-            )
-        elif arch == "exaone4" and config.n_layers != 64:
-            yield f"llama.cpp has windows in architecture {arch} only in models of 64 layers, so its results differ"
-        elif arch in ("llama", "mistral3", "phi3"):
-            yield (
-                f"llama.cpp has no window in architecture {arch}: it ignores that of {window} tokens, so its "
-                "results differ for longer texts; convert the model's Hugging Face folder for a file that keeps it"
-            )
-    if arch != "mistral3" and (betas := _other_betas(config)):
-        yield f"llama.cpp ignores {' and '.join(betas)} of YaRN in architecture {arch}, so its results differ"
-    if arch == "falcon" or arch == "gptneox":
-        yield f"llama.cpp takes GELU's approximation with tanh in architecture {arch}, so its results differ slightly"
-    without_output_bias = (
-        "qwen2", "qwen3", "seed_oss", "olmo2", "glm4", "chatglm", "exaone4", "command-r", "cohere2", "smollm3", "gemma",
-        "gemma2", "gemma3", "hunyuan-dense", "arcee", "falcon", "ernie4_5", "qwen3moe", "dots1", "glm4moe",
-        "hunyuan-moe",
-    )  # fmt: skip
-    without_mlp_bias = ("seed_oss", "smollm3", "arcee", "falcon", "ernie4_5")
-
-    def biased(part: str) -> bool:
-        return any(name.endswith(f"{part}.bias") for name in names)
-
-    experts = [layer.experts is not None for layer in config.layers]
-    problems = {
-        "layers without experts behind the first with": arch == "ernie4_5-moe" and experts != sorted(experts),
-        "Llama 3's scaling of positions": ROPE_FREQS in names
-        and (arch in ("qwen2", "qwen3") or not ARCHITECTURES[arch].factors),
-        "a bias of attn_output": arch in without_output_bias and biased("attn_output"),
-        "a bias of attn_qkv": arch == "falcon" and biased("attn_qkv"),
-        "biases of the MLP": arch in without_mlp_bias and biased("ffn_up"),
-        f"{config.n_heads} heads of {config.head_dim} in a hidden size of {config.hidden_size}": arch in _WHOLE_HEADS
-        and config.n_heads * config.head_dim != config.hidden_size,
-        "biases of recurrent layers": biased("ssm_in") or biased("ssm_out") or biased("shortconv.conv"),
-        "heads of v that are not as wide as those of k": arch.startswith("qwen3")
-        and any(isinstance(m := layer.mixer, DeltaRule) and m.v_dim != m.k_dim for layer in config.layers),
-        f"norms of q and k in {config.n_layers} layers": arch == "command-r"
-        and config.n_layers < 64
-        and any("attn_q_norm" in name for name in names),
-    }
-    for what, found in problems.items():
-        if found:
-            yield f"llama.cpp refuses the file: it does not support {what} in architecture {arch}"
-
-
-def _has_windows(config: ModelConfig) -> bool:
+def has_windows(config: ModelConfig) -> bool:
     """Whether any window is shorter than the model's context."""
     return any(0 < window < config.context_length for window in config.windows)
 
@@ -397,7 +336,7 @@ def _rope_kind(config: ModelConfig) -> str:
     return str(config.rope.get("rope_type", config.rope.get("type")) or "default")
 
 
-def _other_betas(config: ModelConfig) -> list[str]:
+def other_betas(config: ModelConfig) -> list[str]:
     """The betas of YaRN that differ from the defaults of readers."""
     if _rope_kind(config) != "yarn":
         return []
@@ -411,7 +350,10 @@ def _scaling(config: ModelConfig, arch: str, path: Path) -> dict[str, Value]:
     kind = str(rope.get("rope_type", rope.get("type")) or "default")
     made = make_rope(rope, head_dim, config.context_length, config.context_length, path)
     original = rope.get("original_max_position_embeddings", config.context_length)
-    if kind == "longrope" and arch == "phi3":
+    if len(set(factors := rope.get("attention_factors", ()))) > 1:
+        short, long = factors
+        raise Unsupported(f"{path}: config rope: GGUF has one factor: short_mscale is {short}, long_mscale {long}")
+    if kind == "longrope" and arch in ("phi3", "phimoe"):
         return {"type": kind, "original_context_length": int(original), "attn_factor": np.float32(made.scale)}
     if kind in ("default", "llama3") or (kind == "proportional" and rope.get("factor", 1.0) == 1.0):
         return {}

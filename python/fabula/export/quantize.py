@@ -28,11 +28,11 @@ from fabula.export.metadata import (
     architecture_of,
     config_keys,
     has_sinks,
-    llama_cpp_notes,
     numbers_of_xielu,
     rope_tensors,
     sampling_keys,
 )
+from fabula.export.peer_notes import llama_cpp_notes
 from fabula.export.tensors import laid_out
 from fabula.export.vocabulary import vocabulary_keys
 from fabula.formats.checkpoint import Checkpoint, DType

@@ -125,7 +125,7 @@ def _layer(config: ModelConfig, arch: str, i: int, names: Collection[str]) -> It
     }
     two_norms = arch == "falcon" and layer.before_mlp is not None
     for part in row.layer:
-        name = canonical_name(f"blk.{i}.{part}.weight", arch, two_norms=two_norms)
+        name = canonical_name(stored_name(i, part), arch, two_norms=two_norms)
         assert name is not None
         short = name.removeprefix(prefix).removesuffix(".weight")
         if short == "input_layernorm" and not layer.attends and not layer.mixer:  # an MLP alone
@@ -161,7 +161,7 @@ def _layer(config: ModelConfig, arch: str, i: int, names: Collection[str]) -> It
             if layer.experts:
                 yield from _of_experts(config.hidden_size, layer.experts, i, part, name, names)
             continue
-        if part in MLP and layer.experts:
+        if part in MLP and layer.experts and not layer.experts.beside_mlp:
             continue
         if part in ("inp_gate", "proj", "post_norm") and not layer.n_per_layer:
             continue
@@ -200,13 +200,21 @@ def _of_experts(
     hidden_size: int, experts: Experts, i: int, part: str, name: str, names: Collection[str]
 ) -> Iterator[Part]:
     """A tensor of a mixture of experts: the matrices of all experts in one."""
-    router, target = experts.router, f"blk.{i}.{part}.weight"
+    router, target = experts.router, stored_name(i, part)
     if part == "exp_probs_b":
         if router.corrected:
             yield Part(f"blk.{i}.{part}.bias", (name,))
     elif part == "ffn_gate_inp_shexp":
         if experts.shared_gated:
             yield Part(target, (name,), shape=(hidden_size,))
+    elif part.endswith(".scale"):
+        if router.scaled if part == "ffn_down_exps.scale" else router.normed:
+            yield Part(target, (name,))
+    elif part.startswith(("pre_", "post_")):
+        if experts.beside_mlp:
+            yield Part(target, (name,))
+    elif part == "ffn_gate_up_exps":  # gate and up are written apart
+        return
     elif part.endswith("_shexp"):
         if experts.shared:
             yield Part(target, (name,))

@@ -63,7 +63,15 @@ NAMES: Mapping[str, Rules] = {
     "gemma2": _SANDWICH,
     "gemma3_text": _SANDWICH,
     "gemma3n_text": _SANDWICH,
-    "gemma4_text": _SANDWICH,
+    "gemma4_text": {
+        **_SANDWICH,
+        "post_feedforward_layernorm_1": "post_dense_layernorm",
+        "pre_feedforward_layernorm_2": "pre_experts_layernorm",
+        "post_feedforward_layernorm_2": "post_experts_layernorm",
+        "router.proj": "mlp.gate",
+        "router": "mlp.gate",
+        "experts": "mlp.experts",
+    },
     "muse_glimmer_text": _SANDWICH,
     "olmo2": _POST,
     "olmo3": _POST,
@@ -197,7 +205,8 @@ NAMES: Mapping[str, Rules] = {
     "lfm2": _LFM2,
     "lfm2_moe": _LFM2,
     "baichuan": {"self_attn.W_pack": "self_attn.qkv_proj"},
-    "llama4_text": {"feed_forward": "mlp"},
+    "llama4_text": {"feed_forward.router": "mlp.gate", "feed_forward": "mlp"},
+    "phimoe": {**_MIXTRAL, "mlp.router": "mlp.gate"},
 }
 
 

@@ -22,7 +22,11 @@ MLP = ("ffn_gate", *PLAIN_MLP)
 USUAL = ("attn_norm", *ATTENTION, "ffn_norm", *MLP)
 HEAD_NORMS = ("attn_q_norm", "attn_k_norm")
 EXPERTS = ("ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
-OF_EXPERTS = ("_exps", "_shexp", "ffn_gate_inp", "exp_probs_b")  # ends of the names of their tensors
+# Ends of the names of their tensors. Vectors of factors end in ".scale" in place of ".weight" (gguf_names.py).
+OF_EXPERTS = (
+    *("_exps", "_shexp", "ffn_gate_inp", "exp_probs_b", ".scale"),
+    *("pre_ffw_norm_2", "post_ffw_norm_1", "post_ffw_norm_2"),
+)
 SHARED = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
 EXPERT_KEYS = frozenset(["expert_count", "expert_used_count", "expert_feed_forward_length"])
 SHARED_KEYS = EXPERT_KEYS | {"expert_shared_feed_forward_length"}

@@ -24,6 +24,7 @@ from fabula.formats.gguf_architecture import (
     PLAIN_MLP,
     POST,
     QKV,
+    SHARED,
     SLIDING,
     USUAL,
     XIELU,
@@ -161,11 +162,48 @@ def _gemma4(f: Facts, config: Config) -> None:
         "attention_k_eq_v": k_is_v,
         "hidden_size_per_layer_input": keys.integer(f.key("embedding_length_per_layer_input"), low=0),
         "vocab_size_per_layer_input": config["vocab_size"],
+        **_beside_mlp(f, config),
         "final_logit_softcapping": f.number("final_logit_softcapping", 30.0, zero=0.0) or None,
         "rope_parameters": {
             FULL: {"rope_type": "default", "rope_theta": theta, **(scaling or {})},
             SLIDING: {"rope_type": "default", "rope_theta": f.number("rope.freq_base_swa", 10000.0)},
         },
+    }
+
+
+def _beside_mlp(f: Facts, config: Config) -> Config:
+    """The mixture beside each MLP, in models that have one."""
+    if not f.keys.integer(f.key("expert_count"), 0, low=0):
+        return {}
+    size = read_experts(f, config)
+    chosen = config.pop("num_experts_per_tok")
+    return {"enable_moe_block": True, "top_k_experts": chosen, "moe_intermediate_size": size}
+
+
+def _llama4(f: Facts, config: Config) -> None:
+    """llama.cpp has numbers of its own for chunks, temperature and norms: those of the released models.
+
+    A window of 0 stands for models without experts, which it then refuses.
+    """
+    keys, n = f.keys, f.n_layers
+    size, step = read_experts(f, config), keys.integer(f.key("interleave_moe_layer_step"))
+    key = f.key("attention.sliding_window")
+    if (window := keys.integer(key, _LLAMA4_CHUNK, low=0)) != _LLAMA4_CHUNK and SLIDING in config["layer_types"]:
+        raise keys.unsupported(key, f"is {window}; models of this architecture have chunks of {_LLAMA4_CHUNK}")
+    if window == 0:
+        raise keys.unsupported(key, "is 0: models without chunks are not offered")
+    config.pop("sliding_window")
+    config |= {
+        "intermediate_size": size,
+        "intermediate_size_mlp": config["intermediate_size"],
+        "moe_layers": list(range(step - 1, n, step)),
+        "layer_types": ["chunked_attention" if kind == SLIDING else FULL for kind in config["layer_types"]],
+        "attention_chunk_size": _LLAMA4_CHUNK,
+        "no_rope_layer_interval": 4,
+        "attn_temperature_tuning": True,
+        "floor_scale": 8192,
+        "attn_scale": 0.1,
+        "use_qk_norm": keys.integer(f.key("expert_count")) != 128,
     }
 
 
@@ -238,6 +276,15 @@ _GEMMA2: dict[str, Any] = {
     "names": POST | {"ffn_norm": "post_attention_layernorm"},
     "biases": {"attention_bias": ATTENTION},
     "silu": False,
+}
+_LLAMA4_CHUNK = 8192
+# Gemma 4's norms and factors of a mixture beside an MLP.
+_BESIDE = {
+    "pre_ffw_norm_2": "pre_experts_layernorm",
+    "post_ffw_norm_1": "post_dense_layernorm",
+    "post_ffw_norm_2": "post_experts_layernorm",
+    "ffn_gate_inp.scale": "mlp.gate.scale",
+    "ffn_down_exps.scale": "mlp.gate.per_expert_scale",
 }
 _GLM: dict[str, Any] = {
     "names": {"ffn_up": "mlp.gate_up_proj"},
@@ -318,13 +365,18 @@ DENSE: Mapping[str, Architecture] = {
     ),
     "gemma4": Architecture(
         model_type="gemma4_text", model_class="Gemma4ForCausalLM", silu=False, varied=True, scale=1.0, factors=True,
-        layer=(*USUAL, *POST, *HEAD_NORMS, *PER_LAYER, "layer_output_scale"),
-        names={**_GEMMA2["names"], **PER_LAYER, "layer_output_scale": "layer_scalar"},
+        layer=(*USUAL, *POST, *HEAD_NORMS, *PER_LAYER, "layer_output_scale", *EXPERTS, "ffn_gate_up_exps", *_BESIDE),
+        names={**_GEMMA2["names"], **PER_LAYER, "layer_output_scale": "layer_scalar", **_BESIDE},
         windows=Windows(default=None), scalings=("none", "linear"),
         reads=frozenset([
             "attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa", "rope.freq_base_swa",
-            "attention.shared_kv_layers", "embedding_length_per_layer_input", "final_logit_softcapping",
+            "attention.shared_kv_layers", "embedding_length_per_layer_input", "final_logit_softcapping", *EXPERT_KEYS,
         ]), finish=_gemma4,
+    ),
+    "llama4": Architecture(
+        model_type="llama4_text", model_class="Llama4ForCausalLM", factors=True,
+        layer=(*USUAL, *EXPERTS, *SHARED), windows=Windows(default=8192, every=4),
+        biases={"attention_bias": ATTENTION}, reads=EXPERT_KEYS | {"interleave_moe_layer_step"}, finish=_llama4,
     ),
     # llama.cpp ignores the window; transformers does not.
     "phi3": Architecture(

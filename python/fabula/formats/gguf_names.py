@@ -69,10 +69,11 @@ _LAYER = {
     "exp_probs_b": "mlp.gate.e_score_correction_bias",
     **{f"ffn_{part}_exps": f"mlp.experts.{part}_proj" for part in ("gate", "up", "down")},
     **{f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")},
+    "ffn_gate_up_exps": "mlp.experts.gate_up_proj",
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
 }
 _LAYER_TENSOR = re.compile(
-    r"blk\.(0|[1-9][0-9]{0,8})\.(?:((?:shortconv\.)?[a-z0-9_]+)\.(weight|bias)|(ssm_[ad]|ffn_norm))"
+    r"blk\.(0|[1-9][0-9]{0,8})\.(?:((?:shortconv\.)?[a-z0-9_]+)\.(weight|bias|scale)|(ssm_[ad]|ffn_norm))"
 )
 _NORMS = ("attn_norm", "attn_norm_2", "ffn_norm")  # those that have biases if any norm has
 _GGUF_NAMES = {
@@ -86,6 +87,8 @@ _NO_WEIGHTS = (
     "ssm_a",
     "ssm_d",
     "ssm_dt",
+    "ffn_gate_inp.scale",
+    "ffn_down_exps.scale",
 )  # their names end there in safetensors files
 _OF_STREAM = re.compile(r"(model\.altup_[a-z]*projections)\.[0-9]+\.weight")
 _HF_LAYER_TENSOR = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,8})\.([a-z_.]+)\.(weight|bias)")
@@ -202,7 +205,7 @@ def canonical_name(name: str, arch: str, *, two_norms: bool = False) -> str | No
     if name in _TENSORS:
         return _TENSORS[name]
     if match := _LAYER_TENSOR.fullmatch(name):
-        part, kind = match[2] or match[4], match[3] or "weight"
+        part, kind = _part_of(match), match[3] or "weight"
         if part not in row.names and part not in _LAYER:
             return None
         found = row.names.get(part, _LAYER.get(part, ""))
@@ -215,9 +218,14 @@ def canonical_name(name: str, arch: str, *, two_norms: bool = False) -> str | No
 
 
 def stored_name(layer: int, part: str, arch: str = "") -> str:
-    """A layer's tensor in a file of an architecture."""
+    """A layer's tensor in a file. Factors are ".scale" of a part, whose matrix has that name, too."""
     ending = {"ssm_a": "", "ssm_d": "", "ssm_dt": ".bias", "exp_probs_b": ".bias"}.get(part, ".weight")
-    return f"blk.{layer}.{part}" + ("" if (arch, part) == ("falcon-h1", "ffn_norm") else ending)
+    is_whole = part.endswith(".scale") or (arch, part) == ("falcon-h1", "ffn_norm")
+    return f"blk.{layer}.{part}" + ("" if is_whole else ending)
+
+
+def _part_of(match: re.Match[str]) -> str:
+    return (match[2] or match[4]) + (".scale" if match[3] == "scale" else "")
 
 
 # ---- Tensors ------------------------------------------------------------------------------------------
@@ -260,6 +268,10 @@ def _tensors(file: Source, config: Mapping[str, Any]) -> tuple[dict[str, _Source
             name = f"model.layers.{layer}.layer_scalar"
             sources.setdefault(name, _Source(None, (1,), False, 1.0))
             infos.setdefault(name, TensorInfo(name, DType.F32, (1,), 4))
+            if n_experts := config.get("num_experts"):
+                name = f"model.layers.{layer}.mlp.gate.per_expert_scale"
+                sources.setdefault(name, _Source(None, (n_experts,), False, 1.0))
+                infos.setdefault(name, TensorInfo(name, DType.F32, (n_experts,), 4 * n_experts))
     if arch == "apertus":
         for name, value in _xielu_numbers(file, config["num_hidden_layers"]):
             sources[name] = _Source(None, (1,), False, value)
@@ -323,7 +335,7 @@ def _hf_name(file: Source, tensor: GgufTensor, config: Mapping[str, Any], row: A
         if wanted.get(tensor.name, True):
             return _TENSORS[tensor.name]
     match = _LAYER_TENSOR.fullmatch(tensor.name)
-    part = "" if match is None else match[2] or match[4]
+    part = "" if match is None else _part_of(match)
     if match is None or part not in {**_LAYER, **row.names}:
         raise Unsupported(f"{file.path}: tensor {shown(tensor.name)}: is not part of any model family offered here")
     if int(match[1]) >= config["num_hidden_layers"]:

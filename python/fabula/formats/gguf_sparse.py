@@ -8,12 +8,14 @@ from fabula.formats.gguf_architecture import (
     ATTENTION,
     EXPERT_KEYS,
     EXPERTS,
+    FULL,
     GROUP_KEYS,
     HEAD_NORMS,
     MLP,
     QKV,
     SHARED,
     SHARED_KEYS,
+    SLIDING,
     SPARSE_LAYER,
     USUAL,
     Architecture,
@@ -105,6 +107,25 @@ def _gpt_oss(f: Facts, config: Config) -> None:
         config["rope_parameters"] = {"rope_type": "default", "rope_theta": config["rope_theta"]}
 
 
+def _phimoe(f: Facts, config: Config) -> None:
+    """SparseMixer, as the model has it, with the noise of the released one; llama.cpp has a softmax in its place."""
+    config |= {"intermediate_size": read_experts(f, config), "lm_head_bias": "output.bias" in f.tensors}
+    if scaling := config["rope_scaling"]:
+        factor = scaling["attention_factor"]
+        config["rope_scaling"] = {**scaling, "short_mscale": factor, "long_mscale": factor}
+
+
+def _mellum(f: Facts, config: Config) -> None:
+    """llama.cpp always divides the weights by their sum. Layers with windows have no scaling, and a theta of their own,
+    which its conversion writes and llama.cpp does not read."""
+    config |= {"moe_intermediate_size": read_experts(f, config), "norm_topk_prob": True}
+    theta, scaling = config.pop("rope_theta"), config.pop("rope_scaling")
+    config["rope_parameters"] = {
+        FULL: {"rope_type": "default", "rope_theta": theta, **(scaling or {})},
+        SLIDING: {"rope_type": "default", "rope_theta": f.number("rope.freq_base_swa", theta)},
+    }
+
+
 def _olmoe(f: Facts, config: Config) -> None:
     config |= {"intermediate_size": read_experts(f, config), "norm_topk_prob": False}
     config["clip_qkv"] = f.number("attention.clamp_kqv", 0.0, zero=0.0) or None
@@ -160,6 +181,17 @@ SPARSE: Mapping[str, Architecture] = {
         names={"attn_sinks": "self_attn.sinks", "post_attention_norm": "post_attention_layernorm"},
         biases={"attention_bias": ATTENTION, "": EXPERTS}, windows=Windows(default=None, every=2),
         reads=EXPERT_KEYS, finish=_gpt_oss,
+    ),
+    # llama.cpp has RMS norms here and a plain softmax; the model has layer norms and SparseMixer.
+    "phimoe": Architecture(
+        model_type="phimoe", model_class="PhimoeForCausalLM", layer=(*SPARSE_LAYER, "attn_qkv"), longrope=True,
+        norm_bias=True, head_bias=True, biases={"attention_bias": ("attn_qkv", *ATTENTION)}, windows=Windows(),
+        scalings=("longrope",), reads=EXPERT_KEYS, finish=_phimoe,
+    ),
+    "mellum": Architecture(
+        model_type="mellum", model_class="MellumForCausalLM", layer=(*SPARSE_LAYER, *HEAD_NORMS),
+        biases={"attention_bias": ATTENTION}, windows=Windows(every=4),
+        reads=EXPERT_KEYS | {"rope.freq_base_swa"}, finish=_mellum,
     ),
     "olmoe": Architecture(
         model_type="olmoe", model_class="OlmoeForCausalLM",

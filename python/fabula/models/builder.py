@@ -43,7 +43,7 @@ ACTIVATIONS: Mapping[Activation | None, int] = {
 }  # fmt: skip
 # Flags of struct fb_op.
 HEADS_LAYER_NORM, HEADS_WHOLE, HEADS_VALUES, ATTEND_CHUNK, HEADS_BIASED, ALIBI_BF16 = 1, 2, 4, 16, 32, 64
-ROUTE_SIGMOID, ROUTE_CHOSEN, ROUTE_NORM, ROUTE_TOP = 128, 256, 512, 1024
+ROUTE_SIGMOID, ROUTE_CHOSEN, ROUTE_NORM, ROUTE_TOP, ROUTE_MIXER = 128, 256, 512, 1024, 262144
 EXPERTS_GATED, EXPERTS_SUM, EXPERTS_WEIGH = 2048, 4096, 8192
 CONV_GATED, HEADS_TILED, DELTA_NEGATIVE, GATE_FIRST, HEADS_LATENT = 16384, 32768, 65536, 131072, 262144
 
@@ -494,10 +494,16 @@ class ProgramBuilder:
         """out = activation(max(x - mean(x) - cutoff * deviation(x), 0))."""
         self._add(SPARSIFY, input=x, out=out, scale=cutoff, activation=ACTIVATIONS[activation])
 
-    def router(self, logits: int, out: int, router: Router, correction: F32 | None = None) -> None:
-        """out [2 n_chosen] = the experts of each row and their weights."""
-        flags = ROUTE_SIGMOID * (router.scores == "sigmoid") | ROUTE_CHOSEN * (router.scores == "chosen")
-        flags |= ROUTE_NORM * router.renormalized | ROUTE_TOP * router.rated_by_best
+    def router(
+        self, logits: int, out: int, router: Router, correction: F32 | None = None, factors: F32 | None = None
+    ) -> None:
+        """out [2 n_chosen] = the experts of each row and their weights.
+
+        Args:
+            correction: added to scores for choosing;  factors: on the weights. Both [n_experts].
+        """
+        kinds = {"softmax": 0, "sigmoid": ROUTE_SIGMOID, "chosen": ROUTE_CHOSEN, "mixer": ROUTE_MIXER}
+        flags = kinds[router.scores] | ROUTE_NORM * router.renormalized | ROUTE_TOP * router.rated_by_best
         self._add(
             ROUTER,
             input=logits,
@@ -506,6 +512,8 @@ class ProgramBuilder:
             n_groups=router.n_groups,
             n_top_groups=router.n_top_groups,
             vectors=None if correction is None else [correction],
+            vector2=factors,
+            limit=router.tolerance,
             scale=router.scale,
             eps=router.eps,
             flags=flags,

@@ -157,6 +157,9 @@ class _Emitter:
         if not layer.has_mlp:
             return
         source = self.emit_norm(between, layer.before_mlp, x, h)
+        if layer.experts and layer.experts.beside_mlp:
+            self.emit_both(prefix, layer, layer.experts, source)
+            return
         if layer.experts:
             self.emit_experts(mlp, layer, layer.experts, source, prefix + "post_mlp_layernorm")
             return
@@ -369,6 +372,26 @@ class _Emitter:
         emit_experts(self.b, self.scratch, prefix, experts, source, y)
         weight, bias = self.norm_vectors(norm_name, norm)
         self.b.norm(y, self.x, norm, weight * scale, None if bias is None else bias * scale, residual=self.x)
+
+    def emit_both(self, prefix: str, layer: Layer, experts: Experts, source: int) -> None:
+        """x += norm(norm(mlp(source)) + norm(mixture(norm(x)))); the router reads norm(x) * its factors."""
+        b, x, h = self.b, self.x, self.h
+        y, both = self.scratch("y", self.s.hidden), self.scratch("both", self.s.hidden)
+        norm, size = layer.after_mlp, self.c.hidden_size
+        assert norm is not None
+        inner = self.emit_mlp(prefix + "mlp.", layer.mlp, source)
+        weights = b.matrix(prefix + "mlp.down_proj.weight", self.s.hidden, self.s.inner(layer.mlp.size))
+        b.linear(inner, y, [weights])
+        self.emit_norm(prefix + "post_dense_layernorm", norm, y, both)
+        asked = -1
+        if experts.router.normed:
+            asked = self.scratch("asked", self.s.hidden)
+            factors = b.vector(prefix + "mlp.gate.scale", size) * np.float32(size**-0.5)
+            b.norm(x, asked, norm, factors)
+        self.emit_norm(prefix + "pre_experts_layernorm", norm, x, h)
+        emit_experts(b, self.scratch, prefix + "mlp.", experts, h, y, asked=asked)
+        b.norm(y, both, norm, *self.norm_vectors(prefix + "post_experts_layernorm", norm), residual=both)
+        b.norm(both, x, norm, *self.norm_vectors(prefix + "post_mlp_layernorm", norm), residual=x)
 
     def xielu_numbers(self, prefix: str) -> F32:
         """The four numbers of FB_ACTIVATION_XIELU, from the two that are trained and two that usually are not stored.

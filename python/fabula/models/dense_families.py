@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fabula.lean_dataclasses import replace
+from fabula.models import expert_rules as experts
 from fabula.models import family_rules as rules
 from fabula.models import gemma3n, gemma4
 from fabula.models.config import Traits
@@ -252,6 +253,7 @@ DENSE: Mapping[str, Family] = {
             norms="sandwich",
             activation=("hidden_activation", "gelu_pytorch_tanh"),
             score_scale=1.0,
+            experts=experts.gemma4,
             adapt=gemma4.adapt,
             finish=gemma4.finish,
         ),
@@ -346,7 +348,7 @@ DENSE: Mapping[str, Family] = {
     ),
     # Hu et al. 2024.
     "minicpm": Family("MiniCPM", Traits(context_length=32768, tied=True, adapt=rules.minicpm)),
-    # Meta 2025: chunks, layers without rotation, norms of q and k behind it.
+    # Meta 2025: chunks, layers without rotation, norms of q and k behind it; mixtures in some layers or all.
     "llama4_text": Family(
         "Llama 4",
         Traits(
@@ -355,12 +357,14 @@ DENSE: Mapping[str, Family] = {
             head_dim=128,
             theta=500000.0,
             eps=("rms_norm_eps", 1e-5),
-            fields={"intermediate_size": "intermediate_size_mlp"},
+            fields={"moe_intermediate_size": "intermediate_size", "intermediate_size": "intermediate_size_mlp"},
+            names={"num_experts": "num_local_experts"},
             reads=("attention_chunk_size",),
             interleaved=True,
             kinds=rules.llama4_kinds,
             no_rope=rules.no_rope_layers,
             qk_norm_rotated=True,
+            experts=experts.llama4,
             adapt=rules.llama4,
             finish=rules.llama4_layers,
         ),

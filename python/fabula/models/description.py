@@ -311,18 +311,23 @@ class Router:
 
     Attributes:
         n_experts, n_chosen: experts, and how many a row goes to.
-        scores: "softmax" over all experts, "sigmoid" of each, or "chosen": softmax over those chosen.
+        scores: "softmax" over all experts, "sigmoid" of each, "chosen": softmax over those chosen, or "mixer": one
+            expert after the other, by a softmax over those that are left and near.
+        tolerance: of "mixer": how much smaller a logit may be than the best one that is left, as a part of the larger.
         renormalized: whether weights are divided by their sum + `eps`.
         scale: factor on the weights.
         n_groups, n_top_groups: experts are chosen from the best groups only; 0 for no groups.
         rated_by_best: whether a group is as good as its best expert, not as the sum of its best two.
         corrected: whether a stored correction is added to the scores for choosing.
         biased: whether the logits have a bias.
+        normed: whether it reads the layer's input through a norm of its own, with stored factors / sqrt(hidden size).
+        scaled: whether a stored factor of each expert is on its weights.
     """
 
     n_experts: int
     n_chosen: int
-    scores: Literal["softmax", "sigmoid", "chosen"] = "softmax"
+    scores: Literal["softmax", "sigmoid", "chosen", "mixer"] = "softmax"
+    tolerance: float = 0.0
     renormalized: bool = False
     eps: float = 0.0
     scale: float = 1.0
@@ -331,11 +336,13 @@ class Router:
     rated_by_best: bool = False
     corrected: bool = False
     biased: bool = False
+    normed: bool = False
+    scaled: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
-    """A mixture of experts in place of an MLP: sum of weight_e * expert_e(x), plus the shared experts.
+    """A mixture of experts in place of an MLP or beside it: sum of weight_e * expert_e(x), plus the shared experts.
 
     Attributes:
         router: chooses the experts.
@@ -345,6 +352,8 @@ class Experts:
         weighs_input: whether an expert's weight is a factor on its input, not on its result.
         shared: inner width of the shared experts together, which every row goes to; 0 for none.
         shared_gated: whether their result is multiplied by sigmoid(shared_expert_gate(x)).
+        beside_mlp: whether the layer has its MLP, too. Mixture and MLP read the layer's input through a norm each, and
+            what they give is normed before it is added.
     """
 
     router: Router
@@ -355,6 +364,7 @@ class Experts:
     weighs_input: bool = False
     shared: int = 0
     shared_gated: bool = False
+    beside_mlp: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -365,7 +375,7 @@ class Layer:
         mixer: a recurrent layer that reads what attention reads; what both give is added. None for none.
         attends: whether there is attention;  has_mlp: whether there is an MLP or a mixture of experts. A part that is
             missing is described, but not there.
-        experts: in place of the MLP; None for none.
+        experts: in place of the MLP, or beside it; None for none.
         parallel: whether both halves read the layer's input; the MLP shares attention's norm if it has none.
         residual_scale: factor on what each half adds.
         scaled: whether the layer's result is multiplied by a stored number (`layer_scalar`).

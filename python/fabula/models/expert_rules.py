@@ -209,6 +209,67 @@ def hunyuan(read: ConfigReader, n_layers: int) -> Layers:
     return [Experts(router=router, size=size, activation=activation, shared=size)] * n_layers
 
 
+def phimoe(read: ConfigReader, n_layers: int) -> Layers:
+    """SparseMixer, which chooses two."""
+    n, chosen = counts(read, 16, 2)
+    if chosen != 2:
+        raise read.unsupported("num_experts_per_tok", "the router of this family chooses 2")
+    noise = read.number("router_jitter_noise", 0.0, 1e6, 0.01)
+    router = Router(n_experts=n, n_chosen=chosen, scores="mixer", tolerance=2 * noise)
+    activation = read_activation(read, "hidden_act", "silu")
+    return [Experts(router=router, size=width(read, "intermediate_size", 6400), activation=activation)] * n_layers
+
+
+def llama4(read: ConfigReader, n_layers: int) -> Layers:
+    """Sigmoids of the chosen logits weigh the experts' input. Each layer has one shared expert."""
+    n, chosen = counts(read, 16, 1)
+    size = width(read, "moe_intermediate_size", 8192)
+    experts = Experts(
+        router=Router(n_experts=n, n_chosen=chosen, scores="sigmoid"),
+        size=size,
+        activation=read_activation(read, "hidden_act", "silu"),
+        weighs_input=True,
+        shared=size,
+    )
+    sparse = read.config.get("moe_layers")
+    if sparse is None:
+        step = read.integer("interleave_moe_layer_step", 1, 1024, 1)
+        sparse = list(range(step - 1, n_layers, step))
+    if not isinstance(sparse, list) or any(isinstance(i, bool) or not isinstance(i, int) for i in sparse):
+        raise read.error("moe_layers", "must be a list of layers")
+    return [experts if i in sparse else None for i in range(n_layers)]
+
+
+def gemma4(read: ConfigReader, n_layers: int) -> Layers:
+    """Beside the MLP, in the models that have them."""
+    if not read.flag("enable_moe_block", False):
+        return [None] * n_layers
+    n = read.integer("num_experts", 1, MOST_EXPERTS)
+    chosen = read.integer("top_k_experts", 1, min(n, MOST_CHOSEN))
+    experts = Experts(
+        router=Router(n_experts=n, n_chosen=chosen, renormalized=True, normed=True, scaled=True),
+        size=width(read, "moe_intermediate_size"),
+        activation=read_activation(read, "hidden_activation", "gelu_pytorch_tanh"),
+        beside_mlp=True,
+    )
+    return [experts] * n_layers
+
+
+def mellum(read: ConfigReader, n_layers: int) -> Layers:
+    n, chosen = counts(read, 64, 8)
+    experts = Experts(
+        router=Router(n_experts=n, n_chosen=chosen, renormalized=read.flag("norm_topk_prob", True)),
+        size=width(read, "moe_intermediate_size", 896),
+        activation=read_activation(read, "hidden_act", "silu"),
+    )
+    kinds = read.config.get("mlp_layer_types")
+    if kinds is None:
+        return [experts] * n_layers
+    if not isinstance(kinds, list) or len(kinds) != n_layers or any(kind not in ("dense", "sparse") for kind in kinds):
+        raise read.error("mlp_layer_types", f"must list dense or sparse for each of {n_layers} layers")
+    return [experts if kind == "sparse" else None for kind in kinds]
+
+
 def qwen3_kinds(read: ConfigReader, n_layers: int) -> list[str]:
     """All layers have a window, if windows are used."""
     return [SLIDING if _has_windows(read) else FULL] * n_layers

@@ -5,6 +5,8 @@
     y       = sum over r of weight_r * down_e(inner_r)      best expert first
     y      += (sigmoid(shared_expert_gate(x)) *) shared_expert(x)
 
+A router may read another buffer than the experts, and a factor of each expert may be on its weights (Gemma 4).
+
 The router's matrix is f32 in memory whatever the others are: its rounding decides which experts are chosen.
 """
 
@@ -30,6 +32,7 @@ def emit_experts(
     *,
     residual: int = -1,
     scale: float = 1.0,
+    asked: int = -1,
 ) -> None:
     """out = (residual +) scale * the mixture of `x`.
 
@@ -38,6 +41,7 @@ def emit_experts(
         scratch: gives buffers.
         prefix: of the tensors' names.
         residual: -1 or `out`.
+        asked: what the router reads; -1: `x`.
     """
     router, n, hidden = experts.router, experts.router.n_experts, b.shares.hidden
     logits, routes = scratch("router", whole(n, 1)), scratch("routes", whole(2 * router.n_chosen, 1))
@@ -53,9 +57,12 @@ def emit_experts(
         gate = scratch("shared_gate", whole(1, 1))
         weights = b.plain_matrix(prefix + "shared_expert_gate.weight", whole(1, 1), hidden)
         b.linear(x, gate, [weights], activation="sigmoid")
-    b.linear(x, logits, [b.plain_matrix(prefix + "gate.weight", whole(n, 1), hidden)], bias=bias)
+    b.linear(
+        x if asked < 0 else asked, logits, [b.plain_matrix(prefix + "gate.weight", whole(n, 1), hidden)], bias=bias
+    )
     correction = b.vector(prefix + "gate.e_score_correction_bias", n) if router.corrected else None
-    b.router(logits, routes, router, correction)
+    factors = b.vector(prefix + "gate.per_expert_scale", n) if router.scaled else None
+    b.router(logits, routes, router, correction, factors)
 
     weights = b.experts(prefix + "experts.", ("gate_proj", "up_proj"), n, experts.size, hidden.size)
     biases = b.expert_gate_biases(prefix + "experts.", n, experts.size) if experts.bias else None

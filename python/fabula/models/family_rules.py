@@ -34,6 +34,10 @@ def all_sliding(read: ConfigReader, n_layers: int) -> list[str]:
     return [FULL if is_off else SLIDING] * n_layers
 
 
+def all_full(_: ConfigReader, n_layers: int) -> list[str]:
+    return [FULL] * n_layers
+
+
 def smollm3_kinds(read: ConfigReader, n_layers: int) -> list[str]:
     windowed = read.flag("use_sliding_window", False) and read.config.get("sliding_window") is not None
     return [SLIDING if windowed and skipped else FULL for skipped in no_rope_layers(read, [FULL] * n_layers)]
@@ -135,6 +139,32 @@ def phi3(read: ConfigReader, c: ModelConfig) -> ModelConfig:
         rope["rope_type"] = "longrope"
         original = read.integer("original_max_position_embeddings", 1, 1 << 24, 4096)
         rope["original_max_position_embeddings"] = original
+    return replace(c, rope=rope, ropes=((rope, c.head_dim),))
+
+
+def phimoe(read: ConfigReader, t: Traits) -> Traits:
+    return replace(t, head_bias=read.flag("lm_head_bias", False))
+
+
+def phimoe_rope(read: ConfigReader, c: ModelConfig) -> ModelConfig:
+    """longrope with a factor on cos and sin for short contexts and one for long ones.
+
+    As in the published code, long contexts have the list of long factors; transformers 5.24 takes the short list for
+    all.
+    """
+    rope = dict(c.rope)
+    kind = rope.get("rope_type", rope.get("type")) or "default"
+    if kind == "default":
+        return c
+    name = "rope_scaling" if read.config.get("rope_scaling") else "rope_parameters"
+    if kind != "longrope":
+        raise read.unsupported(name, "not longrope")
+    scales = [rope.pop(key, None) for key in ("short_mscale", "long_mscale")]
+    if not all(isinstance(scale, int | float) and not isinstance(scale, bool) for scale in scales):
+        raise read.error(name, "must have the numbers short_mscale and long_mscale in this family")
+    if not isinstance(rope.get("original_max_position_embeddings"), int):
+        raise read.error(name, "must have original_max_position_embeddings in this family")
+    rope["attention_factors"] = scales
     return replace(c, rope=rope, ropes=((rope, c.head_dim),))
 
 
@@ -274,13 +304,6 @@ def llama4(read: ConfigReader, t: Traits) -> Traits:
     """Some released configs have an empty list in place of none."""
     if not read.config.get("no_rope_layers"):
         read.config = {key: value for key, value in read.config.items() if key != "no_rope_layers"}
-    step = read.integer("interleave_moe_layer_step", 1, 1024, 1)
-    n_layers = read.integer("num_hidden_layers", 1, 1024)
-    experts = read.config.get("moe_layers")
-    if experts is None:
-        experts = list(range(step - 1, n_layers, step))
-    if experts:
-        raise read.unsupported("moe_layers", "mixtures of experts are not offered")
     return replace(t, qk_norm="none" if read.flag("use_qk_norm", True) else "")
 
 

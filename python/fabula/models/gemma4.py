@@ -1,7 +1,8 @@
 """Gemma 4: two head geometries, KV that later layers reuse, per-layer embeddings. Source: transformers 5.24.
 
 Layers without a window have wider heads, and in some models take their k for v. The last `num_kv_shared_layers` have no
-K and V of their own: they attend to those of the last layer of their kind before them.
+K and V of their own: they attend to those of the last layer of their kind before them. Some models have a mixture of
+experts beside the MLP of each layer (models/expert_rules.py).
 """
 
 from __future__ import annotations
@@ -27,8 +28,6 @@ def adapt(read: ConfigReader, t: Traits) -> Traits:
     for key in ("rope_theta", "rope_scaling"):
         if read.config.get(key) is not None:
             raise read.unsupported(key, "this family has its ropes in rope_parameters")
-    if read.config.get("enable_moe_block"):
-        raise read.unsupported("enable_moe_block", "mixtures of experts are not offered")
     n_layers = read.integer("num_hidden_layers", 1, 1024)
     kinds = read.config.get("layer_types") or every(6)(read, n_layers)
     if isinstance(kinds, list) and kinds:

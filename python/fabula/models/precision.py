@@ -44,9 +44,12 @@ def precision_of(name: str, config: ModelConfig) -> Precision:
     shape = Shape(config.n_layers, config.n_heads // config.n_kv_heads, config.tied)
 
     def choose(info: TensorInfo) -> DType:
-        other = "blk.0.other.weight" if len(info.shape) >= 2 else info.name  # matrices that only some families have
+        if len(info.shape) < 2:
+            return dtype_for(kind, info.name, info.shape, shape)
         name = _EXPERT.sub(".mlp.", info.name)  # an expert's matrix has the role of an MLP's
-        return dtype_for(kind, gguf_name(name) or other, info.shape, shape)
+        name = name.replace("gate_up_proj", "gate_proj").removesuffix(".weight") + ".weight"
+        # A name of none of the roles: matrices that only some families have.
+        return dtype_for(kind, gguf_name(name) or "blk.0.other.weight", info.shape, shape)
 
     return choose
 

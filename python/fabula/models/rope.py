@@ -220,6 +220,8 @@ def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
 def _longrope(values: _Values, plain: npt.NDArray[np.float64], trained_context: int, context: int) -> Rope:
     old_context = values.number("original_max_position_embeddings", float(trained_context))
     factors = values.factors("long_factor" if context > old_context else "short_factor", plain.size)
+    if values.rope.get("attention_factors") is not None:  # for short contexts, for long ones (Phi-3.5-MoE)
+        return _rope(plain / factors, float(values.factors("attention_factors", 2)[int(context > old_context)]))
     factor = values.number("factor", trained_context / old_context)
     default = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(old_context))
     return _rope(plain / factors, values.number("attention_factor", default))

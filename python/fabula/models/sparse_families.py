@@ -9,6 +9,11 @@ from fabula.models import family_rules as rules
 from fabula.models.config import Traits
 from fabula.models.family import NO_BIAS, Family
 
+_MELLUM_ROPES = {
+    rules.FULL: {"rope_type": "default", "rope_theta": 500000.0},
+    rules.SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
+}
+
 SPARSE: Mapping[str, Family] = {
     # Jiang et al. 2024.
     "mixtral": Family(
@@ -165,6 +170,43 @@ SPARSE: Mapping[str, Family] = {
             qk_norm="row",
             adapt=experts.minimax_m2_rotation,
             experts=experts.minimax_m2,
+        ),
+    ),
+    # Microsoft 2024: SparseMixer, layer norms, a bias of the head.
+    "phimoe": Family(
+        "Phi-MoE",
+        Traits(
+            names={"num_experts": "num_local_experts"},
+            context_length=131072,
+            n_kv_heads=8,
+            theta=1e6,
+            windowed="always",
+            window=None,
+            lists_kinds=False,
+            norm="layer",
+            norm_biased=True,
+            eps=("rms_norm_eps", 1e-5),
+            adapt=rules.phimoe,
+            finish=rules.phimoe_rope,
+            experts=experts.phimoe,
+        ),
+    ),
+    # JetBrains 2026: windows in some layers, which have a theta of their own.
+    "mellum": Family(
+        "Mellum 2",
+        Traits(
+            names={"num_experts": "num_local_experts"},
+            context_length=131072,
+            n_kv_heads=4,
+            head_dim=128,
+            theta=500000.0,
+            rope=_MELLUM_ROPES,
+            rope_by_kind=True,
+            windowed="always",
+            window=1024,
+            kinds=rules.all_full,
+            qk_norm="head",
+            experts=experts.mellum,
         ),
     ),
     # Tencent 2025: norms of q and k behind the rotation.

@@ -1,4 +1,4 @@
-"""gpt-oss's experts in the form of the other families: gate rows first, then up rows, and matrices as [out, in].
+"""Experts of gpt-oss and Llama 4 in the form of the other families: gate rows first, then up rows, matrices [out, in].
 
     found in safetensors files                         becomes
     gate_up_proj       [n, hidden, 2 size]             [n, 2 size, hidden]
@@ -6,7 +6,7 @@
     gate_up_proj_bias  [n, 2 size]                     gate_proj_bias and up_proj_bias, each [n, size]
     down_proj          [n, size, hidden]               [n, hidden, size]; in MXFP4 it is so already
 
-Gates and ups alternate in the files. Source: modeling_gpt_oss.py of transformers 5.24.
+In gpt-oss gates and ups alternate. Source: modeling_gpt_oss.py and modeling_llama4.py of transformers 5.24.
 """
 
 from __future__ import annotations
@@ -27,11 +27,16 @@ _EXPERTS = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(gate_up_proj|down_pro
 _BIAS = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)gate_up_proj_bias")
 
 
-class GptOssExperts:
-    """A safetensors checkpoint of gpt-oss whose experts have the usual form; all else is as it was."""
+class TransposedExperts:
+    """A safetensors checkpoint whose experts have the usual form; all else is as it was.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+    Args:
+        checkpoint: the source.
+        alternate: whether gates and ups alternate there.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, alternate: bool) -> None:
+        self._checkpoint, self._alternate = checkpoint, alternate
         self.path: Path = checkpoint.path
         self.format: str = checkpoint.format
         self.config: Mapping[str, Any] = checkpoint.config
@@ -81,7 +86,7 @@ class GptOssExperts:
             rows = raw.reshape(*info.shape, n_bytes).swapaxes(1, 2)
         else:
             rows = raw.reshape(info.shape[0], info.shape[1], -1)
-        if part == "down_proj":
+        if part == "down_proj" or not self._alternate:
             return np.ascontiguousarray(rows).reshape(-1)
         n_rows = rows.shape[1]
         order = np.concatenate([np.arange(0, n_rows, 2), np.arange(1, n_rows, 2)])

@@ -30,7 +30,7 @@ from fabula.lean_dataclasses import dataclass, field
 from fabula.models.description import Attention, DeltaRule, Mamba2, ModelConfig
 from fabula.models.latent import SplitLatents, has_joined_latents, orders
 from fabula.models.rope import rotated_width
-from fabula.models.transposed_experts import GptOssExperts
+from fabula.models.transposed_experts import TransposedExperts
 
 Rows = npt.NDArray[np.int64]
 
@@ -200,8 +200,8 @@ class ViewedCheckpoint:
 
 def viewed(checkpoint: Checkpoint, config: ModelConfig) -> Checkpoint:
     """The checkpoint under canonical names and forms; itself if it has them already."""
-    if config.model_type == "gpt_oss" and checkpoint.format == "safetensors":
-        checkpoint = GptOssExperts(checkpoint)
+    if config.model_type in ("gpt_oss", "llama4_text") and checkpoint.format == "safetensors":
+        checkpoint = TransposedExperts(checkpoint, alternate=config.model_type == "gpt_oss")
     if has_joined_latents(checkpoint, config):
         checkpoint = SplitLatents(checkpoint, config)
     views = _Views(checkpoint, config).views
