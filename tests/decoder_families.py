@@ -6,6 +6,7 @@ shorter than a prompt, and patterns of layers that the number of layers cuts sho
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -329,7 +330,7 @@ CASES |= {name: Case(*about) for name, about in hybrid_settings(ODD, PLAIN).item
 def make_model(case: Case, folder: Path, seed: int = 0) -> Any:
     """Writes a random checkpoint and returns the transformers model, in evaluation mode."""
     torch.manual_seed(seed)
-    config = case.config_class(**case.settings)
+    config = case.config_class(**copy.deepcopy(dict(case.settings)))  # some add to what they are given
     config._attn_implementation = case.attention
     model = case.model_class(config).eval()
     use_recurrent_form(model)

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 import llama_convert
 import tiny
-from decoder_families import CASES, DEEP_YARN, FALCON, FULL, ODD, PLAIN, SLIDING, Case, make_model
+from decoder_families import CASES, DEEP_YARN, FALCON, FULL, MLA, ODD, PLAIN, SLIDING, Case, make_model
 from fabula.cli.main import run
 from fabula.engine.runner import Runner
 from fabula.errors import EngineError, Unsupported
@@ -414,6 +414,12 @@ def test_what_llama_cpp_converts_is_the_same_model(made: Made, converted: Path, 
         (CASES["phimoe-longrope"], "short_mscale is 1.1, long_mscale 1.3"),
         (CASES["phimoe"], "'phimoe': layer 0 experts router tolerance is 0.6"),
         (CASES["mellum-dense-too"], "no layers without experts in family 'mellum'"),
+        (CASES["minicpm3"], "not written for the family 'minicpm3'"),
+        (CASES["glm4_moe_lite"], "'deepseek2': layer 1 experts is None"),
+        (CASES["deepseek_v2-groups"], "kv_a_proj_with_mqa.bias': not part of this model's config"),
+        (CASES["deepseek_v3"], "has YaRN with 'mscale' equal to 'mscale_all_dim' only"),
+        (Case("Youtu", MLA | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 9000.0}}),
+         "has YaRN with 'mscale' equal to 'mscale_all_dim' only"),
         (Case("Falcon", FALCON | {"activation": "relu"}), "'falcon': layer 0 mlp activation is relu"),
         (Case("Starcoder2", WHOLE | {"sliding_window": None, "hidden_act": "gelu"}), "mlp activation is gelu,"),
         (Case("Olmo3", PLAIN | {"sliding_window": 19, "num_hidden_layers": 5, "rope_parameters": {

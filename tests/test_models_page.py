@@ -35,6 +35,7 @@ _MORE["qwen3"] = Case("Qwen3")
 # Compared with the code that is published beside their weights, or with the family that they are.
 _ELSEWHERE = {
     "internlm2": "their published code", "baichuan": "their published code", "minicpm": "their published code",
+    "kimi_k2": "DeepSeek V3, in tests/test_latent.py",
     "muse_glimmer_text": "transformers, in tests/test_text_parts.py",
     "qwen2_vl_text": "transformers, in tests/test_text_parts.py",
     "qwen2_5_vl_text": "transformers, in tests/test_text_parts.py",
@@ -78,6 +79,8 @@ def widened(case: Case) -> Case:
     settings |= {"mamba_head_dim": 32} if "mamba_head_dim" in old else {}
     settings |= {key: 32 for key in ("linear_key_head_dim", "linear_value_head_dim") if key in old}
     settings |= {key: 64 for key in ("moe_intermediate_size", "shared_expert_intermediate_size") if key in old}
+    settings |= {key: 64 for key in ("kv_lora_rank", "q_lora_rank") if old.get(key)}
+    settings |= {key: 32 for key in ("qk_nope_head_dim", "v_head_dim") if old.get(key)}
     if "head_dim" in old and old["head_dim"] * old["num_attention_heads"] == old[key]:
         settings["head_dim"] = old["head_dim"] * factor
     return replace(case, settings=settings)
