@@ -625,7 +625,7 @@ def test_whatever_is_done_holds_for_every_structure(tmp_path: Path, name: str, k
 )
 def test_whatever_is_done_holds_for_hybrids(tmp_path: Path, name: str, n_slots: int, every: int) -> None:
     folder = make_talking_model(CASES[name], tmp_path / "model")
-    walk(folder, tmp_path, "f16", 2, n_slots=n_slots, every=every, n_days=3)
+    walk(folder, tmp_path, "f16", 2, n_slots=n_slots, every=every, n_days=2)
 
 
 # A text of 256 positions has dead KV in windowed layers. It is dropped under pressure, or always.
