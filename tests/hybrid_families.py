@@ -202,7 +202,7 @@ SPOKEN = {
     **dict.fromkeys(("mamba_d_head", "mamba_expand", "mamba_n_heads"), ("tensor", "mamba_n_heads", "mamba_n_groups")),
     "mamba_d_ssm": ("tensor", "mamba_n_heads"),
     "mamba_num_heads": ("tensor", "n_groups"),
-    "attn_layer_indices": ("tensor", "attn_layer_indices"),
+    "attn_layer_indices": ("tensor", "layer with attention"),
     "linear_num_key_heads": ("tensor", "linear_num_value_heads"),
     "linear_num_value_heads": ("tensor",),
 }
