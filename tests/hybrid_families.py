@@ -104,7 +104,7 @@ def hybrid_settings(odd: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[st
             },
             "",
         ),
-        "bamba": ("Bamba", {**bamba, "attn_layer_indices": [1, 3]}, ""),
+        "bamba": ("Bamba", {**bamba, "num_hidden_layers": 3, "attn_layer_indices": [1]}, ""),
         "bamba-biased": (
             "Bamba",
             {**bamba, "attn_layer_indices": [2], "mamba_d_conv": 3, "mlp_bias": True, "attention_bias": True},
@@ -198,11 +198,11 @@ IDLE = {
 # What a refusal may speak of in place of the field: tensors that are missing or of another shape then.
 SPOKEN = {
     **dict.fromkeys(FLIPS, ("tensor",)),
-    "layers_block_type": ("tensor", "moe"),
+    "layers_block_type": ("tensor", "layer_types"),
     **dict.fromkeys(("mamba_d_head", "mamba_expand", "mamba_n_heads"), ("tensor", "mamba_n_heads", "mamba_n_groups")),
     "mamba_d_ssm": ("tensor", "mamba_n_heads"),
     "mamba_num_heads": ("tensor", "n_groups"),
-    "attn_layer_indices": ("tensor", "attn_layer_indices"),
+    "attn_layer_indices": ("tensor", "layer with attention"),
     "linear_num_key_heads": ("tensor", "linear_num_value_heads"),
     "linear_num_value_heads": ("tensor",),
 }

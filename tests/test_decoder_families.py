@@ -106,6 +106,7 @@ def test_rollback_and_fork(made: tuple[Case, Any, Runner]) -> None:
         name: next(runner.all_logits(np.concatenate([shared, end])))[-1] for name, end in (("1", one), ("2", other))
     }
     with runner.sequence() as sequence:
+        sequence.keep_states(len(shared))  # recurrent layers go back only to where their state was kept
         runner.prefill(sequence, np.concatenate([shared, one]))
         sequence.truncate(len(shared))
         assert (runner.prefill(sequence, other) == alone["2"]).all()

@@ -246,6 +246,8 @@ def test_memory_is_told_and_given_back(tiny_folder: Path) -> None:
         assert freed >= usage.state_bytes - model.kv_usage.state_bytes > 0
         model.clear_cache()
         assert model.kv_usage.n_slots_used == model.kv_usage.used_bytes == 0
+    model.close()
+    model.clear_cache()
 
 
 def test_budget_out_of_range(tiny_folder: Path) -> None:

@@ -29,7 +29,6 @@ from drafting import cheap_rows
 from fabula import ContextOverflow, ContextPolicy, InvalidArgument, Model, SamplingParams, Session, Turn, Workspace
 from fabula.engine.generation import Generation
 from fabula.kv.pages import Sequence
-from hybrids import make_hybrid
 from shadows import ROOT, Leaf, Live, Shadow
 from waiting import wait_until
 
@@ -609,14 +608,24 @@ def test_whatever_is_done_holds_for_every_structure(tmp_path: Path, name: str, k
     walk(folder, tmp_path, kv, 2, policies=policies)
 
 
-# Hybrids have few slots, so states are evicted all the time, or many.
+# Short convolutions, gated delta rules and Mamba-2. They have few slots, so that states are evicted all the time, or
+# many.
 @pytest.mark.busy(1e5)
-@pytest.mark.parametrize(("n_slots", "every", "threads"), [(9, 32, 1), (40, 64, 2)])
-def test_whatever_is_done_holds_for_hybrids(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_slots: int, every: int, threads: int
-) -> None:
-    make_hybrid(monkeypatch)
-    walk(tiny_folder, tmp_path, "f16", threads, n_slots=n_slots, every=every)
+@pytest.mark.parametrize(
+    ("name", "n_slots", "every"),
+    [
+        ("lfm2", 9, 32),
+        ("qwen3_next", 40, 64),
+        pytest.param("lfm2", 30, 64, marks=pytest.mark.heavy),
+        pytest.param("qwen3_5", 9, 32, marks=pytest.mark.heavy),
+        pytest.param("granitemoehybrid", 12, 32, marks=pytest.mark.heavy),
+        pytest.param("falcon_h1", 9, 64, marks=pytest.mark.heavy),
+        pytest.param("nemotron_h", 40, 32, marks=pytest.mark.heavy),
+    ],
+)
+def test_whatever_is_done_holds_for_hybrids(tmp_path: Path, name: str, n_slots: int, every: int) -> None:
+    folder = make_talking_model(CASES[name], tmp_path / "model")
+    walk(folder, tmp_path, "f16", 2, n_slots=n_slots, every=every, n_days=2)
 
 
 # A text of 256 positions has dead KV in windowed layers. It is dropped under pressure, or always.

@@ -271,7 +271,7 @@ def test_a_text_goes_on_from_states_of_its_own() -> None:
     run_state_machine_as_test(
         Trails,
         settings=settings(
-            max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=30, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
 

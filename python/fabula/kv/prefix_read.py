@@ -147,7 +147,7 @@ class PrefixRead:
             except OutOfMemory:
                 self._pool.give_back(tail)
                 return
-            states.native.write(state.slot, data[page_bytes:])
+            states.write(state, data[page_bytes:])
             for page in tail:
                 self._pool.write(page, data[:page_bytes])
                 self._pool.append_to(page, 0, wanted.n_tokens % PAGE_POSITIONS)

@@ -106,5 +106,5 @@ class Stateful:
         data = np.zeros(pool.state_record_bytes, np.uint8)
         if state.position % PAGE_POSITIONS:
             data[: pool.page_bytes] = pool.read(self._pages[state.position // PAGE_POSITIONS])
-        data[pool.page_bytes :] = pool.states.native.read(state.slot)
+        data[pool.page_bytes :] = pool.states.read(state)
         return data

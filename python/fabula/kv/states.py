@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 from fabula import _native
 from fabula._native import PAGE_POSITIONS
-from fabula.errors import OutOfMemory
+from fabula.errors import InvalidArgument, OutOfMemory
 from fabula.kv.prefix import KEY_BYTES
 
 I32 = npt.NDArray[np.int32]
@@ -120,6 +120,7 @@ class StateSlots:
         self._live: dict[int, weakref.ref[State]] = {}  # by slot; references may be dead
         self._index: dict[bytes, weakref.WeakValueDictionary[bytes, State]] = {}  # by name
         self._stamp = 0
+        self._closed = False
 
     @property
     def n_used(self) -> int:
@@ -172,9 +173,27 @@ class StateSlots:
         self.n_evicted += 1
         return slot
 
+    def read(self, state: State) -> npt.NDArray[np.uint8]:
+        """A copy of a state's bytes, uint8 [slot_bytes].
+
+        Raises:
+            InvalidArgument: the model was closed.
+        """
+        self._check_open()
+        return self.native.read(state.slot)
+
+    def write(self, state: State, data: npt.NDArray[np.uint8]) -> None:
+        """Sets a state's bytes, uint8 [slot_bytes]; errors as `read`."""
+        self._check_open()
+        self.native.write(state.slot, data)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InvalidArgument("the model is closed")
+
     def discard_free(self) -> None:
         """Returns the memory of free slots to the system."""
-        for slot in list(self._free):
+        for slot in list(self._free) if not self._closed else ():
             self.native.discard(slot)
 
     # ---- Names ------------------------------------------------------------------------------------------------------
@@ -218,6 +237,7 @@ class StateSlots:
 
     def close(self) -> None:
         """Frees the memory; may be called twice."""
+        self._closed = True
         self.native.close()
 
 

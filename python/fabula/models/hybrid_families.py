@@ -72,7 +72,7 @@ HYBRIDS: Mapping[str, Family] = {
     "bamba": Family(
         "Bamba",
         Traits(
-            ignored=("layer_types", "layers_block_type", "partial_rotary_factor"),
+            ignored=("partial_rotary_factor",),
             context_length=262144,
             n_kv_heads=8,
             eps=("rms_norm_eps", 1e-5),
@@ -80,13 +80,13 @@ HYBRIDS: Mapping[str, Family] = {
             mlp_bias=("mlp_bias", False),
             kinds=rules.bamba_kinds,
             mixers={rules.LINEAR: rules.bamba_mamba},
+            adapt=rules.bamba,
         ),
     ),
     # TII 2025: a state space model beside the attention of each layer.
     "falcon_h1": Family(
         "Falcon-H1",
         Traits(
-            ignored=("layer_types", "layers_block_type"),
             context_length=8192,
             n_kv_heads=8,
             eps=("rms_norm_eps", 1e-5),

@@ -313,6 +313,18 @@ def bamba_mamba(read: ConfigReader) -> Mamba2:
     return mamba2(read, eps=1e-5)
 
 
+def bamba(read: ConfigReader, t: Traits) -> Traits:
+    return unlisted(read, t, "attn_layer_indices names the layers with attention")
+
+
+def unlisted(read: ConfigReader, t: Traits, problem: str) -> Traits:
+    """Refuses lists of kinds, which transformers does not take in some families."""
+    for key in ("layer_types", "layers_block_type"):
+        if key in read.config:
+            raise read.unsupported(key, problem)
+    return t
+
+
 def bamba_kinds(read: ConfigReader, n_layers: int) -> list[str]:
     full = read.config.get("attn_layer_indices") or []
     if not isinstance(full, list) or any(isinstance(i, bool) or not isinstance(i, int) for i in full):
@@ -337,6 +349,7 @@ def _factors(read: ConfigReader, key: str, n: int) -> tuple[float, ...]:
 
 def falcon_h1(read: ConfigReader, t: Traits) -> Traits:
     """Factors of embeddings and logits (muP)."""
+    t = unlisted(read, t, "all layers of this family are alike")
     return replace(
         t, embedding_scale=_factor(read, "embedding_multiplier"), logit_scale=_factor(read, "lm_head_multiplier")
     )
@@ -397,7 +410,7 @@ _OLD_NEMOTRON = {
 
 def _nemotron_kinds(read: ConfigReader) -> list[str]:
     """What each layer is: a state space model, attention, an MLP or a mixture of experts, and nothing else."""
-    key = next((key for key in ("layers_block_type", "layer_types") if read.config.get(key) is not None), "")
+    key = next((key for key in ("layer_types", "layers_block_type") if read.config.get(key) is not None), "")
     kinds: Any = read.config.get(key) if key else [LINEAR, "moe", FULL, "mlp"]
     if not key and "hybrid_override_pattern" in read.config:
         key, pattern = "hybrid_override_pattern", read.config["hybrid_override_pattern"]

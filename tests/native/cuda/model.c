@@ -105,7 +105,7 @@ struct model *model_create(fb_device *device) {
     struct model *m = calloc(1, sizeof *m);
     const struct fb_rope_table rope = {m->frequencies, HEAD_DIM / 2, 1.0f};
     const struct fb_program_shape shape = {
-        sizeof shape, LAYERS, MODEL_VOCABULARY, MODEL_TOKENS, N_BUFFERS, 1, &heads, 1, &rope};
+        sizeof shape, LAYERS, MODEL_VOCABULARY, MODEL_TOKENS, N_BUFFERS, 1, &heads, 1, &rope, 0};
     m->device = device;
     state = 1;
     fill(m->norm, WIDTH, 1.0f);

@@ -126,7 +126,7 @@ static fb_status make(const matrices &numbers, fb_device *device, int32_t i, int
     const float frequency = 1.0f;
     const fb_heads heads = {HEADS / n, HEADS / n, 2, 2, 0, 0};
     const fb_rope_table rope = {&frequency, 1, 1.0f};
-    const fb_program_shape shape = {sizeof shape, 1, VOCABULARY, TOKENS, 4, 1, &heads, 1, &rope};
+    const fb_program_shape shape = {sizeof shape, 1, VOCABULARY, TOKENS, 4, 1, &heads, 1, &rope, 0};
     return fb_program_create_on(device, &shape, widths, ops, n_ops, 1, FB_ISA_AUTO, &m->program);
 }
 
