@@ -22,7 +22,7 @@ def keep_kv(turn: Turn, engine: Engine) -> None:
         for past in islice(turn.lineage(), 1, None):
             if past.finish_reason != WRITTEN or kept < past.n_ids or turn.kv.usable(past.n_ids) < past.n_ids:
                 break
-            if past.kv is None or past.kv.usable(past.n_ids) < past.n_ids:
+            if past.n_ids and (past.kv is None or past.kv.usable(past.n_ids) < past.n_ids):
                 past.kv = turn.kv.fork(past.n_ids)
                 cache.keep(past.kv)
             kept = min(kept, past.kept)
