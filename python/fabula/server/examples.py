@@ -47,6 +47,7 @@ EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
     ("post", "/completion"): {"prompt": "Once upon a time", "n_predict": 64},
     ("post", "/infill"): {"input_prefix": "def add(a, b):\n    return ", "input_suffix": "\n", "n_predict": 16},
     ("post", "/apply-template"): {"messages": [{"role": "user", "content": "Hello!"}]},
+    ("post", "/embedding"): {"content": "a lighthouse"},
     ("post", "/rerank"): {"query": "ships at night", "documents": ["a lighthouse", "a cookbook"]},
     ("post", "/v1/messages"): {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64},
     ("post", "/v1/messages/count_tokens"): {"messages": [{"role": "user", "content": "Hello!"}]},
