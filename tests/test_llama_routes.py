@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import tiny
-from fabula import Model
+from fabula import Model, SamplingParams
 from fabula.engine.decoding import log_sum_exp
+from fabula.engine.generation import Generation
 from fabula.text.fim import MARKS, gap_prompt
 from serving import Running
+from test_openai_inside import Inside, inside
 from tool_templates import tokenizer_of
 
 ASKED: dict[str, Any] = {"prompt": "the cat", "n_predict": 6, "seed": 4, "ignore_eos": True}
@@ -49,7 +52,43 @@ def test_ends_of_completions(tiny_server: Running) -> None:
         assert tiny_server.post("/completion", 400, prompt=wrong)["error"]["param"].startswith("prompt")
 
 
+# ---- What runs ------------------------------------------------------------------------------------------------------
+
+
+def test_slots(tiny_folder: Path, tmp_path: Path) -> None:
+    async def work(client: Inside) -> None:
+        state = client.app.extensions["fabula"]
+        status, idle = await client.get("/slots")
+        assert (status, [one["id"] for one in idle]) == (200, [0, 1])
+        assert not any(one["is_processing"] for one in idle) and idle[0]["n_ctx"] == 600
+        params = SamplingParams(max_tokens=50, ignore_eos=True)
+        with Generation(state.models["tiny"].model._engine, [5, 6, 7], params, continues=True) as running:
+            next(running)
+            runs = [SimpleNamespace(tenant=tenant, sources=[running]) for tenant in ("", "another")]
+            state.runs.active = lambda: runs
+            mine, theirs = (await client.get("/slots"))[1]
+            assert (mine["n_prompt_tokens"], mine["next_token"][0]["n_decoded"]) == (3, 1)
+            assert mine["next_token"][0]["n_remain"] == 49
+            assert theirs == {"id": 1, "n_ctx": 600, "speculative": False, "is_processing": True}
+            status, error = await client.get("/slots?fail_on_no_slot=1")
+            assert (status, error["error"]["code"]) == (503, "no_slot")
+            del state.runs.active
+        assert (await client.get("/slots?fail_on_no_slot=1"))[0] == 200
+
+    inside(tmp_path, tiny_folder, work, max_running=2)
+
+
 # ---- Text -----------------------------------------------------------------------------------------------------------
+
+
+def test_embedding(tiny_server: Running) -> None:
+    ours = tiny_server.post("/v1/embeddings", input=["the cat", "é"])["data"]
+    for body in ({"content": ["the cat", "é"]}, {"input": ["the cat", "é"], "embd_normalize": 2}):
+        found = tiny_server.post("/embedding", **body)
+        assert found == [{"index": i, "embedding": [one["embedding"]]} for i, one in enumerate(ours)]
+    assert tiny_server.post("/embedding", content="the cat")[0]["embedding"] == [ours[0]["embedding"]]
+    assert tiny_server.post("/embedding", 400, content="a", embd_normalize=-1)["error"]["param"] == "embd_normalize"
+    assert tiny_server.post("/embedding", 400, content="")["error"]["param"] == "input"
 
 
 def test_tokenize_in_both_forms(tiny_server: Running) -> None:

@@ -392,8 +392,47 @@ def test_conversations(small: Served) -> None:
         for gone in (made.id, "conv_1"):
             with pytest.raises(openai.NotFoundError):
                 client.conversations.retrieve(gone)
-        with pytest.raises(openai.BadRequestError, match="items"):
-            client.conversations.create(items=[{"type": "message", "role": "user", "content": "x"}])
+
+
+def test_conversations_that_begin_with_items(small: Served) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "max_output_tokens": 6, "extra_body": {"seed": 1}}
+    given: list[Any] = [
+        {"role": "developer", "content": "Be brief."},
+        {"type": "message", "role": "user", "content": "who?"},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "the whale"}]},
+        {"type": "message", "role": "user", "content": "where?"},
+    ]
+    with small.client as client:
+        made = client.conversations.create(items=given)
+        response = client.responses.create(input="when?", conversation=made.id, **asked)
+        texts = ["Be brief.", "who?", "the whale", "where?", "when?", response.output_text]
+        items = list(client.conversations.items.list(made.id, order="asc"))
+        assert [item.content[0].text for item in items] == texts
+        assert [item.role for item in items] == ["system", "user", "assistant", "user", "user", "assistant"]
+        messages = [*given, {"role": "user", "content": "when?"}]
+        once = client.responses.create(input=messages, store=False, **asked)
+        assert (once.output_text, once.usage.input_tokens) == (response.output_text, response.usage.input_tokens)
+        added = client.conversations.items.create(
+            made.id, items=[{"role": "user", "content": "why?", "type": "message"}]
+        )
+        assert [item.content[0].text for item in added.data] == ["why?"]
+        assert next(iter(client.conversations.items.list(made.id))).id == added.data[0].id
+        assert client.responses.create(input="tell", conversation=made.id, **asked).output_text
+        only = client.conversations.create(items=given[1:2])
+        assert client.responses.create(input="on", conversation=only.id, **asked).output_text
+        for wrong, field in (
+            ([{"type": "message", "role": "assistant", "content": "x"}], "items[0]"),
+            ([given[1], {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}], "items[1].type"),
+            ([given[1], {"role": "nobody", "content": "x"}], "items[1].role"),
+            ([given[1]] * 21, "items"),
+        ):
+            for call in (
+                lambda wrong=wrong: client.conversations.create(items=wrong),
+                lambda wrong=wrong: client.conversations.items.create(made.id, items=wrong),
+            ):
+                with pytest.raises(openai.BadRequestError) as caught:
+                    call()
+                assert caught.value.param == field
 
 
 def test_responses_call_tools(small: Served) -> None:

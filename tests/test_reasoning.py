@@ -40,7 +40,38 @@ def test_a_thought_is_separated(form) -> None:  # type: ignore[no-untyped-def]
     assert at_every_break(f"{start}Two.{end}Four.", name, is_open=True) == ("Two.", "Four."), "marked once more"
     assert at_every_break(f"{start}\n\n{end}\n\nFour.", name) == ("", "Four."), "nothing thought"
     assert at_every_break(f"{start}Two, {end[:-1]}", name) == (f"Two, {end[:-1]}", ""), "cut off"
-    assert at_every_break(f"{start}{end}{end}", name) == ("", end), "the mark alone is text"
+    alone = "" if end in form.ends else end
+    assert at_every_break(f"{start}{end}{end}", name) == ("", alone), "the mark alone is text"
+
+
+# What a model of the form writes after a thought, as its template renders it, and without one.
+ANSWERS = {
+    "solar": ("<|begin|>assistant<|content|>Rome.<|end|>", "<|content|>Rome.<|end|>"),
+    "kimi-k3": (
+        "<|open|>response<|sep|>Rome.<|close|>response<|sep|><|close|>message<|sep|>",
+        "Rome.<|close|>response<|sep|><|close|>message<|sep|>",  # the prompt has the first mark
+    ),
+    "apriel": ("\nRome.\n[END FINAL RESPONSE]", "Rome."),
+    "granite": ("<response>\nRome.\n</response>", "<response>Rome.</response>"),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_marks_around_the_answer_are_removed(name: str) -> None:
+    form, (after, alone) = FORMS[name], ANSWERS[name]
+    assert at_every_break(f"{form.start}Two.{form.end}{after}", name) == ("Two.", "Rome.")
+    assert at_every_break(f"Two.{form.end}{after}", name, is_open=True) == ("Two.", "Rome.")
+    assert at_every_break(alone, name) == ("", "Rome.")
+
+
+def test_marks_that_are_text_stay_without_a_thought() -> None:
+    for text in ("<b></response>", "a </response>", " <respond>", "[END FINAL RESPONSE]", " \n"):
+        assert at_every_break(text, "granite") == at_every_break(text, "apriel") == ("", text)
+
+
+def test_calls_after_a_thought_keep_their_marks() -> None:
+    text = "<|think|>A call.<|end|><|begin|>assistant<|tool_calls|><|tool_call:begin|>"
+    assert at_every_break(text, "solar") == ("A call.", "<|tool_calls|><|tool_call:begin|>")
 
 
 @pytest.mark.parametrize("text", ["", "  ", "\n Hi", "<thin", "<thing> is", "So <think>no</think> yes"])
@@ -94,6 +125,11 @@ def test_a_stream_holds_back_only_what_is_open() -> None:
         ("<|START_THINKING|>{{ m.t }}<|END_THINKING|>", "command"),
         ("<|channel>thought\n{{ m.t }}<channel|>", "gemma"),
         ("<|start|>assistant<|channel|>analysis<|message|>", "harmony"),
+        ("{{- '<|begin|>assistant<|think|>' + m.reasoning + '<|end|>' }}", "solar"),
+        ("{%- macro open_tag(tag) %}{{- '<|open|>' + tag }}{% endmacro %}{{ open_tag('think') }}", "kimi-k3"),
+        ("{%- set s = ':opensource' %}{%- set begin = '<think{}>'.format(s) %}", "hy3"),
+        ("in the following format: [BEGIN FINAL RESPONSE] ... [END FINAL RESPONSE].", "apriel"),
+        ("thoughts between <think></think> and your response between <response></response>", "granite"),
         ("<|im_start|>{{ m.content }}<|im_end|>", None),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -43,6 +45,36 @@ def test_a_page_that_is_read_back_is_no_fault_of_the_loop(monkeypatch: pytest.Mo
             time.sleep(5 * LIMIT_S)
 
     asyncio.run(work())
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="needs a thread that others push aside")
+def test_a_loop_that_waits_for_a_thread_without_a_processor() -> None:
+    """Such a thread's time in the queue is counted only when it leaves it."""
+    (processor, *_) = os.sched_getaffinity(0)
+    command = f"import os\nos.sched_setaffinity(0, {{{processor}}})\nprint(flush=True)\nwhile True: pass"
+    spinning = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE)
+    try:
+        assert spinning.stdout is not None
+        spinning.stdout.readline()
+
+        def starve() -> None:
+            own = threading.get_native_id()
+            os.sched_setscheduler(own, os.SCHED_IDLE, os.sched_param(0))
+            os.sched_setaffinity(own, {processor})
+            begin = time.thread_time()
+            while time.thread_time() - begin < 0.01:
+                pass
+
+        async def work() -> None:
+            async with watched():
+                thread = threading.Thread(target=starve)
+                thread.start()
+                thread.join()
+
+        asyncio.run(work())
+    finally:
+        spinning.kill()
+        spinning.communicate()
 
 
 def test_a_thread_whose_loop_has_ended_may_wait() -> None:

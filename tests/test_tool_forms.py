@@ -516,3 +516,21 @@ def test_templates_that_are_published(path: Path) -> None:
     assert (style.form.name if style.writes_calls else None) == EXPECTED.get(path.stem)
     if style.writes_calls:
         check_there_and_back(template)
+
+
+@pytest.mark.parametrize("has_marks", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_names_with_dots_and_slashes(name: str, has_marks: bool) -> None:
+    """The grammar allows them and holds to them, and the parser finds them wherever a stream breaks."""
+    template, vocabulary = ChatTemplate(template_of(name)), tokenizer(has_marks)
+    form, schema = style_of(template).form, {"type": "object", "properties": {"a": {"type": "integer"}}}
+    for wanted in ("files.read/v2", "/a/b.c", "mcp.server/read_file-1.0"):
+        calling = Calling(template, vocabulary, [tool(wanted, schema)])
+        text = form.write([(wanted, {"a": 1})], ["0"])
+        constraint = calling.constraint("required", False)
+        assert accepts(constraint, text, vocabulary), text
+        assert not accepts(constraint, form.write([(wanted.replace(".", "x"), {"a": 1})], ["0"]), vocabulary)
+        parser = calling.parser()
+        events = [event for letter in text for event in parser.feed(letter)]
+        content, calls = gathered([*events, *parser.finish(is_whole=True)])
+        assert [(one.name, one.arguments) for one in calls] == [(wanted, '{"a": 1}')] and not content.strip()

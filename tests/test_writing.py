@@ -105,6 +105,97 @@ def test_written_pieces_and_what_follows(tiny_model: Model) -> None:
     assert session.continue_(3, params=PIECE).text()
 
 
+def test_an_exchange_of_a_chat(tiny_model: Model) -> None:
+    """What is written reads for the model like what was said: the prompt is the one that the template renders."""
+    session, other = tiny_model.session(system="s"), tiny_model.session(system="s")
+    first = session.write("the whale", said="who?")
+    assert session.head is first and (first.prompt, first.text, first.finish_reason) == ("who?", "the whale", "written")
+    session.write("", said=[{"role": "system", "content": "be calm"}, {"role": "user", "content": "where?"}])
+    past = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "who?"},
+        {"role": "assistant", "content": "the whale"},
+        {"role": "system", "content": "be calm"},
+        {"role": "user", "content": "where?"},
+    ]
+    assert session.messages == past
+    params = replace(PIECE, max_tokens=5)
+    reply = session.say("and when?", params)
+    text = reply.text()
+    asked = [*past, {"role": "user", "content": "and when?"}]
+    assert tiny_model.tokenizer.decode(reply.generation.prompt_ids, skip_special=False) == (
+        tiny_model.template.render(asked, add_generation_prompt=True)
+    )
+    turn = session.head
+    assert (turn.number, turn.recomputed, turn.why_recomputed) == (3, 0, "")  # it was new to the model, all of it
+    assert session.say("on", params).text() is not None and session.head.recomputed == 0
+    assert session.messages[:6] == [*asked, {"role": "assistant", "content": text}][:6]
+    # Its turns are like any others.
+    session.rollback(2)
+    answer = session.regenerate(params).text()
+    assert session.messages == [*past, {"role": "assistant", "content": answer}] and session.head.number == 2
+    session.rollback(1)
+    assert session.continue_(3).text().startswith("the whale")
+    session.rollback(first)
+    assert session.rewrite(1, "a squid").text == "a squid" and session.messages[-1]["content"] == "a squid"
+    alone = other.write("", said="who?")
+    wanted = tiny_model.session(system="s").say("who?", replace(params, max_tokens=4)).text()
+    assert other.continue_(4, params=params).text() == wanted
+    other.rollback(alone)
+    assert other.rewrite(1, "the whale").token_ids == first.token_ids
+    for call in (lambda: other.fork_at(alone.id, 0, 5), lambda: other.alternatives(alone.id, 0)):
+        with pytest.raises(InvalidArgument, match="message without an answer"):
+            call()
+
+
+def test_exchanges_are_kept_and_travel(tiny_folder: Path, tmp_path: Path) -> None:
+    params = replace(PIECE, max_tokens=5)
+    with Workspace(tmp_path) as workspace:
+        workspace.load(tiny_folder, name="m", threads=1)
+        session = workspace.session("s", model="m")
+        session.write("the whale", said="who?")
+        session.write("", said="where?")
+        data = json.loads(json.dumps(session.export()))
+        text, ids = session.say("when?", params).text(), session.head.ids()
+        session.rollback(2)
+    with Workspace(tmp_path) as workspace:
+        workspace.load(tiny_folder, name="m", threads=1)
+        for again in (workspace.open("s"), workspace.import_(data, id="t")):
+            assert [turn.is_unanswered for turn in again.path] == [False, True]
+            assert again.say("when?", params).text() == text and again.head.ids() == ids
+            assert again.head.recomputed == 0
+
+
+def test_exchanges_are_left_out_when_the_context_is_full(tiny_folder: Path) -> None:
+    with Model.load(tiny_folder, threads=1, context=128) as model:
+        session = model.session(context_policy="drop_oldest_turns")
+        for i in range(4):
+            session.write("the sea " * 3, said=f"{i} " + "the whale " * 5)
+        session.write("", said="last of all")
+        reply = session.say("and?", replace(PIECE, max_tokens=4))
+        reply.text()
+        prompt = model.tokenizer.decode(reply.generation.prompt_ids, skip_special=False)
+        assert session.head.cut is not None and "last of all" in prompt and "0 the whale" not in prompt
+
+
+def test_what_cannot_be_written_to_a_chat(tiny_model: Model) -> None:
+    session = tiny_model.session()
+    session.write("b", said="a")
+    with pytest.raises(InvalidArgument, match="chat"):
+        session.write("b")
+    with pytest.raises(InvalidArgument, match="frozen"):
+        session.write("b", said="a", frozen=True)
+    with pytest.raises(InvalidArgument, match="role"):
+        session.write("b", said=[{"role": "nobody", "content": ""}])
+    story = tiny_model.session()
+    story.write("once")
+    with pytest.raises(InvalidArgument, match="story"):
+        story.write("b", said="a")
+    with pytest.raises(ContextOverflow):
+        session.write("the whale " * 4000, said="a")
+    assert session.head.number == 1
+
+
 def test_notes_stay_when_the_oldest_turns_are_left_out(tiny_folder: Path) -> None:
     with Model.load(tiny_folder, threads=1, context=160) as model:
         session = model.session(context_policy="drop_oldest_turns")

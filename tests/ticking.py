@@ -6,7 +6,7 @@ A timer ticks every 10 ms. A late tick alone says nothing: the machine may be bu
   - A second thread saw the loop's thread sleep at one instruction for LIMIT_S: no processor time, and no context switch
     either. A thread that waits for the GIL wakes every 5 ms, so it is not mistaken for one that waits for another lock,
     a file or a database. Moments in which threads of this process queue for a processor do not count: the thread may
-    wait for one of them. Nor do moments in which it waits for a page of memory, outside of any system call: another
+    wait for one of them. Nor do moments in which one waits for a page of memory, outside of any system call: another
     process made the machine drop that page.
 """
 
@@ -51,6 +51,43 @@ def is_page_fault(call: str) -> bool:
     return call.startswith("-1 ")
 
 
+class Tasks:
+    """The threads of this process, as they stood at the last look.
+
+    Args:
+        folder: of proc(5) that has them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._before: dict[str, tuple[int, int]] = {}  # by thread: nanoseconds that it ran, and that it queued
+
+    def queued_s(self, elapsed_s: float) -> float:
+        """Seconds since the last look that threads were ready and had no processor.
+
+        The kernel adds the time in its queue to a thread's count only when the thread leaves it. One that was ready all
+        the time and did not run is still there.
+        """
+        total, now = 0.0, {}
+        for task in self._folder.iterdir():
+            with suppress(OSError, IndexError, ValueError):
+                ran, queued = map(int, (task / "schedstat").read_text().split()[:2])
+                state = (task / "stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+                before = self._before.get(task.name, (0, 0))
+                now[task.name] = (ran, queued)
+                total += elapsed_s if state == "R" and before == (ran, queued) else (queued - before[1]) * 1e-9
+        self._before = now
+        return total
+
+    def is_paging(self) -> bool:
+        """Whether a thread waits for a page of memory."""
+        for task in self._folder.iterdir():
+            with suppress(OSError):
+                if is_page_fault((task / "syscall").read_text()):
+                    return True
+        return False
+
+
 class Watch:
     """Watches the running event loop until `stop`.
 
@@ -81,7 +118,8 @@ class Watch:
     def _look(self) -> None:
         """The thread that samples the stack of the loop's thread."""
         before: Any = None
-        waited_s, looked, queued = 0.0, time.monotonic(), self._queued_s()
+        waited_s, looked, tasks = 0.0, time.monotonic(), Tasks(self._task.parent)
+        tasks.queued_s(0.0)
         while not self._stopped.wait(TICK_S):
             # When the loop has ended, its thread may wait: a server that stops saves everything then.
             if time.monotonic() - self._ticked < 2 * TICK_S or not self._loop.is_running():
@@ -92,24 +130,17 @@ class Watch:
                 return
             self._stack = "".join(traceback.format_stack(frame))
             where = (id(frame), frame.f_lasti, self._moves())
-            now, queued_now = time.monotonic(), self._queued_s()
-            is_idle = queued_now - queued < SHARE * (now - looked) and not is_page_fault(self._call())
+            now = time.monotonic()
+            is_idle = tasks.queued_s(now - looked) < SHARE * (now - looked)
+            is_idle = is_idle and not is_page_fault(self._call()) and not tasks.is_paging()
             if where != before or frame.f_code.co_filename.endswith("selectors.py"):
                 before, waited_s = where, 0.0
             elif is_idle:  # or the thread it waits for queues for a processor
                 waited_s += min(now - looked, 2 * TICK_S)
-            looked, queued = now, queued_now
+            looked = now
             if waited_s > LIMIT_S:
                 self._report(f"waited in system call {self._call().split()[0]}", self._stack)
                 before = None
-
-    def _queued_s(self) -> float:
-        """Seconds that threads of this process were ready and had no processor."""
-        total = 0.0
-        for task in self._task.parent.iterdir():
-            with suppress(OSError, IndexError, ValueError):
-                total += int((task / "schedstat").read_text().split()[1]) * 1e-9
-        return total
 
     def _call(self) -> str:
         """Where the loop's thread is in the kernel, as proc(5) tells."""

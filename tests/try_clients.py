@@ -23,6 +23,7 @@ from typing import Any
 
 import app_clients
 import face_clients
+import plug_clients
 
 Check = Callable[[str, str], str]
 CHECKS: dict[str, tuple[str, Check]] = {}
@@ -275,7 +276,7 @@ def main() -> int:
         model = json.load(reply)["data"][0]["id"]
     n_failed = 0
     programs = app_clients.PROGRAMS
-    for name, (package, check) in (CHECKS | programs).items():
+    for name, (package, check) in (CHECKS | programs | plug_clients.PLUGS).items():
         if given.names and name not in given.names:
             continue
         version = app_clients.version_of(package) if name in programs else version_of(package)

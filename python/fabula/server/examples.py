@@ -37,12 +37,17 @@ EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
     ("post", "/v1/chat/completions"): {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64},
     ("post", "/v1/completions"): {"prompt": "Once upon a time", "max_tokens": 64},
     ("post", "/v1/responses"): {"input": "Hello!", "max_output_tokens": 64},
-    ("post", "/v1/conversations"): {"metadata": {"topic": "lighthouses"}},
+    ("post", "/v1/conversations"): {
+        "metadata": {"topic": "lighthouses"},
+        "items": [{"type": "message", "role": "user", "content": "Hello!"}],
+    },
+    ("post", "/v1/conversations/{id}/items"): {"items": [{"type": "message", "role": "user", "content": "Good day."}]},
     ("post", "/v1/responses/input_tokens"): {"input": "Hello!"},
     ("post", "/v1/embeddings"): {"input": ["a lighthouse", "the sea"]},
     ("post", "/completion"): {"prompt": "Once upon a time", "n_predict": 64},
     ("post", "/infill"): {"input_prefix": "def add(a, b):\n    return ", "input_suffix": "\n", "n_predict": 16},
     ("post", "/apply-template"): {"messages": [{"role": "user", "content": "Hello!"}]},
+    ("post", "/embedding"): {"content": "a lighthouse"},
     ("post", "/rerank"): {"query": "ships at night", "documents": ["a lighthouse", "a cookbook"]},
     ("post", "/v1/messages"): {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64},
     ("post", "/v1/messages/count_tokens"): {"messages": [{"role": "user", "content": "Hello!"}]},
@@ -64,5 +69,5 @@ EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
     ("post", "/api/copy"): {"source": "smollm2-135m-instruct", "destination": "smol"},
     ("delete", "/api/delete"): {"model": "smol"},
 }
-# Which of them need more than any server has: a model with tokens for it, leave to load and remove models.
-CONDITIONAL = frozenset({"/infill", "/api/pull", "/api/copy", "/api/delete"})
+# Which of them need more than any server has: a model with tokens for it, a conversation, leave to load models.
+CONDITIONAL = frozenset({"/infill", "/v1/conversations/{id}/items", "/api/pull", "/api/copy", "/api/delete"})

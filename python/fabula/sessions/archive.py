@@ -208,8 +208,8 @@ def _check_head(data: Mapping[str, Any]) -> None:
 
 
 def _has_words(row: Mapping[str, Any]) -> bool:
-    """Whether a turn has an answer, or is a handwritten piece of a story."""
-    return bool(row["token_ids"] or (row["finish_reason"] == WRITTEN and row["prompt_ids"]))
+    """Whether a turn has an answer, or is a handwritten piece of a story or message of a chat."""
+    return bool(row["token_ids"] or (row["finish_reason"] == WRITTEN and (row["chat"] or row["prompt_ids"])))
 
 
 def _turns_of(rows: list[Any]) -> dict[str, Turn]:

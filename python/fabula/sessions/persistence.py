@@ -319,7 +319,8 @@ def turn_record(turn: Turn, session_id: str | None) -> TurnRecord:
         prompt_ids=turn.prompt_ids,
         token_ids=turn.token_ids,
         params={"sampling": used_params_json(turn.params or SamplingParams()), "n_begun": turn.n_begun}
-        | ({"frozen": True} if turn.frozen else {}),
+        | ({"frozen": True} if turn.frozen else {})
+        | ({"prompt_unread": True} if turn.prompt_unread else {}),
         finish_reason=turn.finish_reason,
         timings={**dataclasses.asdict(turn.timings), "why_recomputed": turn.why_recomputed} if turn.timings else None,
         cut=turn.cut.to_json() if turn.cut else None,
@@ -355,6 +356,7 @@ def turn_of(record: TurnRecord, parent: Turn | None) -> Turn:
             cut=Cut(**record.cut) if record.cut else None,
             why_recomputed=why,
             frozen=record.params.get("frozen") is True,
+            prompt_unread=record.params.get("prompt_unread") is True,
             created_at=record.created_at,
             tags=set(record.tags),
         )

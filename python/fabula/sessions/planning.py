@@ -170,6 +170,8 @@ def continued(
         n_tokens: max further tokens; None leaves it to the parameters.
         params: None for the turn's.
     """
+    if turn.is_unanswered:
+        return sibling(model, settings, turn, turn.said, limited(params or settings.params, n_tokens))
     ended = turn.token_ids[-1:] and turn.token_ids[-1] in model.engine.tokenizer.eos_ids
     begun = turn.token_ids[:-1] if ended else turn.token_ids
     return continuation(turn, begun, limited(params or same_params(settings, turn), n_tokens))
@@ -184,6 +186,7 @@ def with_token(
         InvalidArgument: no such position or token.
     """
     check_position(turn, position)
+    check_answered(turn)
     begun = (*turn.token_ids[:position], *model.engine.runner.token_ids([token]).tolist())
     return continuation(turn, begun, params or same_params(settings, turn))
 
@@ -282,6 +285,38 @@ def written(
     )
 
 
+def exchange(
+    model: LoadedModel, settings: Settings, parent: Turn, user_input: UserInput, text: str, *, parse_special: bool
+) -> Turn:
+    """A turn of a chat that follows `parent`, with a handwritten answer, or with none ("").
+
+    Its KV is computed with the next answer.
+
+    Raises:
+        ContextOverflow: it does not fit.
+        InvalidArgument, TemplateError: as `prompt_of`.
+    """
+    prompt = prompt_of(model, settings, parent, user_input, settings.params, chat=True)
+    answer = model.engine.tokenizer.encode(text, add_bos=False, special=parse_special) if text else []
+    check_room(model, settings, len(prompt.ids) + len(answer))
+    kept = prompt.kept if answer else parent.n_ids
+    return Turn(
+        parent=parent,
+        number=parent.number + 1,
+        chat=True,
+        said=user_input,
+        text=text,
+        kept=kept,
+        prompt_ids=tuple(prompt.ids[kept:]) if answer else (),
+        token_ids=tuple(answer),
+        n_begun=len(answer),
+        params=settings.params.resolved(model.engine.defaults),
+        finish_reason=WRITTEN,
+        cut=prompt.cut if answer else parent.cut,
+        prompt_unread=True,
+    )
+
+
 def rewritten(model: LoadedModel, settings: Settings, turn: Turn, text: str, *, parse_special: bool | None) -> Turn:
     """A sibling of `turn` with a handwritten answer, without KV.
 
@@ -291,6 +326,9 @@ def rewritten(model: LoadedModel, settings: Settings, turn: Turn, text: str, *, 
     """
     if not text:
         raise InvalidArgument("text is empty: an answer needs at least one character")
+    if turn.is_unanswered:
+        assert turn.parent is not None
+        return exchange(model, settings, turn.parent, turn.said, text, parse_special=bool(parse_special))
     special = not turn.chat and turn.said.parse_special if parse_special is None else parse_special
     answer = model.engine.tokenizer.encode(text, add_bos=False, special=special)
     check_room(model, settings, turn.n_ids - len(turn.token_ids) + len(answer))
@@ -308,6 +346,7 @@ def rewritten(model: LoadedModel, settings: Settings, turn: Turn, text: str, *, 
         finish_reason=WRITTEN,
         cut=turn.cut,
         frozen=turn.frozen,
+        prompt_unread=turn.prompt_unread,
     )
 
 
@@ -356,6 +395,12 @@ def check_position(turn: Turn, position: int) -> None:
     """Raises InvalidArgument if `position` is neither that of a token of the answer nor the one after the last."""
     if type(position) is not int or not 0 <= position <= len(turn.token_ids):
         raise InvalidArgument(f"position is {position!r}, must be 0 .. {len(turn.token_ids)}")
+
+
+def check_answered(turn: Turn) -> None:
+    """Raises InvalidArgument if a turn is a message without an answer."""
+    if turn.is_unanswered:
+        raise InvalidArgument(f"turn {turn.number} is a message without an answer; regenerate() answers it")
 
 
 def check_room(model: LoadedModel, settings: Settings, n_ids: int) -> None:

@@ -51,7 +51,8 @@ def messages_of(
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     for turn in turns:
         _say(messages, turn.said)
-        messages.append({"role": "assistant", "content": answer_of(turn)})
+        if not turn.is_unanswered:
+            messages.append({"role": "assistant", "content": answer_of(turn)})
     if user_input is not None:
         _say(messages, user_input)
     return messages
@@ -100,6 +101,8 @@ def chat_prompt(
         known: list[int] = []
         turns = seen[n:]
         for i, turn in enumerate(turns):
+            if turn.is_unanswered:
+                continue
             messages, options = for_template(turns[:i], turn.said, user_input.options)
             known = [*encode_next(tokenizer, template, messages, known, options), *turn.token_ids]
         messages, options = for_template(turns, user_input, user_input.options)
@@ -110,10 +113,12 @@ def chat_prompt(
         return not (seen[n].said if n < len(seen) else user_input).answers_call
 
     messages, options = for_template(seen, user_input, user_input.options)
-    if user_input.options == parent.said.options:
+    last = next((turn for turn in parent.lineage() if not turn.is_unanswered), parent)  # whose ids the past ends with
+    if user_input.options == last.said.options:
         ids = encode_next(tokenizer, template, messages, past, options)
     else:
-        before = for_template(seen[:-1], parent.said, parent.said.options) if seen else None
+        earlier = [turn for turn in seen if turn.number < last.number]
+        before = for_template(earlier, last.said, last.said.options) if seen else None
         ids = encode_next(tokenizer, template, messages, past, options, before)
         if ids[: len(past)] != past:
             ids = without(0)

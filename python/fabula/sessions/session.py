@@ -324,24 +324,41 @@ class Session(SessionView):
     # ---- Turns written by hand --------------------------------------------------------------------------------------
 
     def write(
-        self, text: str, *, frozen: bool = False, parse_special: bool | None = None, wait: bool | float = False
+        self,
+        text: str,
+        *,
+        said: Messages | None = None,
+        frozen: bool = False,
+        parse_special: bool | None = None,
+        wait: bool | float = False,
     ) -> Turn:
-        """Appends handwritten text to a story, without an answer. Its KV is computed with the next answer.
+        """Appends handwritten text: a piece of a story, or an exchange of a chat.
+
+        Its KV is computed with the next answer.
 
         Args:
-            text: the piece.
+            text: the piece; in a chat the answer to `said`, or "" to leave that to the next `say`.
+            said: in a chat, the message or the messages, as `say` takes them.
             frozen: whether it is a note: part of the prompt, but not of the story, and never dropped by the policy
                 `drop_oldest_turns`. A note at the start is computed once: all branches share its KV.
-            parse_special: whether control tokens written in it are control tokens; None as in `tell`.
+            parse_special: whether control tokens written in it are control tokens; None as in `tell`, and no in a chat.
             wait: see the class.
 
         Returns:
             The new head.
 
         Raises:
-            InvalidArgument: the session is a chat, or the text is empty.
+            InvalidArgument: the session is a chat and `said` is not given, or the reverse; or the text is empty.
             ContextOverflow, SessionBusy, StoreError: as `tell`.
         """
+        if said is not None:
+            if frozen:
+                raise InvalidArgument("frozen is for a story; in a chat, write a message of the role system")
+            new = UserInput.of(said, parse_special=bool(parse_special))
+            with self._ready(wait) as model:
+                return self._add_written(
+                    planning.exchange(model, self._settings, self.head, new, text, parse_special=new.parse_special)
+                )
         with self._ready(wait) as model:
             return self._add_written(
                 planning.written(model, self._settings, self.head, text, frozen=frozen, parse_special=parse_special)

@@ -258,6 +258,7 @@ class SessionView:
         """
         with self._lock:
             found = self._exchange(turn)
+            planning.check_answered(found)
             planning.check_position(found, position)
             params = SamplingParams(temperature=0.0, max_tokens=1, n_logprobs=n)
             model = self._handle.loaded

@@ -364,7 +364,7 @@ class Calling:
         self.thought: Thought = ""
         self._marks = (THINK, END_OF_THOUGHT)
         form = form_of([template.source, *template.named.values()], tokenizer)
-        if form is not None and {form.start, form.end} <= tokenizer.special_tokens.keys():
+        if form is not None and not form.leads and {form.start, form.end} <= tokenizer.special_tokens.keys():
             self.thought, self._marks = "tokens", (form.start, form.end)
         elif style.thinks and self.form.opening not in tokenizer.special_tokens:
             is_open = opens_thought(template, **{"tools": list(tools), **(options or {})})

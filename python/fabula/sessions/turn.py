@@ -48,6 +48,7 @@ class Turn:
         why_recomputed: why KV of its past had to be recomputed; "" if it had not.
         created_at: seconds since 1970.
         frozen: whether it is a note: the model reads it, but it is not part of the story.
+        prompt_unread: whether its prompt is handwritten like its answer, so that KV of neither was computed for it.
         tags: set by the user.
         kv: KV of its ids except the last; shares pages with the turns around it. A cache: it may be empty.
         forks: sessions in use that were forked here.
@@ -70,6 +71,7 @@ class Turn:
     why_recomputed: str = ""
     created_at: float = field(default_factory=time.time)
     frozen: bool = False
+    prompt_unread: bool = False
     tags: set[str] = field(default_factory=set)
     kv: Sequence | None = None
     forks: WeakSet[Any] = field(default_factory=WeakSet)
@@ -78,6 +80,12 @@ class Turn:
     def prompt(self) -> str:
         """The user input as text for display."""
         return self.said.text
+
+    @property
+    def is_unanswered(self) -> bool:
+        """Whether it is a message of a chat written by hand, without an answer: the next turn answers it too. It has no
+        ids of its own; those of the next prompt have its text."""
+        return self.chat and self.finish_reason == WRITTEN and not self.token_ids
 
     @property
     def reused(self) -> int:
@@ -107,7 +115,9 @@ class Turn:
             if turn.finish_reason != WRITTEN:
                 break
             n += len(turn.token_ids or turn.prompt_ids)
-            if turn.token_ids:  # the prompt before them was answered once
+            if turn.prompt_unread:
+                n += len(turn.prompt_ids)
+            elif turn.token_ids:  # the prompt before them was answered once
                 break
         return n
 

@@ -24,7 +24,7 @@ def keep_kv(turn: Turn, engine: Engine) -> None:
             # A hybrid has the state before the last id of a prompt, whose logits are needed again anyway.
             if past.finish_reason != WRITTEN or kept < past.n_ids or usable < past.n_ids - (turn.kv.trail is not None):
                 break
-            if past.kv is None or past.kv.usable(usable) < usable:
+            if past.n_ids and (past.kv is None or past.kv.usable(usable) < usable):
                 past.kv = turn.kv.fork(usable)
                 cache.keep(past.kv)
             kept = min(kept, past.kept)

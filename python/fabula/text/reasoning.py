@@ -6,6 +6,7 @@ Pure functions and one state machine over text. Marks that are control tokens mu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
@@ -30,6 +31,9 @@ class ReasoningForm:
         start, end: the marks.
         closing: text that ends a thought and starts the answer, for one that is cut off.
         is_harmony: thoughts are messages of the channel "analysis"; an answer may have several.
+        leads: marks that may come before the answer, after the thought or without one.
+        ends: marks that may come after it. One that is plain text counts only after a thought or a lead.
+        known_by: texts by which a chat template is known to use the form; (): its two marks.
     """
 
     name: str
@@ -37,10 +41,16 @@ class ReasoningForm:
     end: str
     closing: str
     is_harmony: bool = False
+    leads: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
+    known_by: tuple[str, ...] = ()
 
     def shown(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """Ids of the marks that are control tokens, which otherwise have no text."""
-        marks = (*ENDS, MESSAGE, "<|constrain|>") if self.is_harmony else (self.start, self.end, _token_in(self.start))
+        marks: list[str] = [*ENDS, MESSAGE, "<|constrain|>"]
+        if not self.is_harmony:
+            given = (self.start, self.end, *self.leads, *self.ends)
+            marks = [*given, *(token for mark in given for token in re.findall("<[^<>]*>", mark))]
         ids = (tokenizer.special_tokens.get(mark) for mark in dict.fromkeys(marks))
         return tuple(i for i in ids if i is not None and i not in tokenizer.eos_ids)
 
@@ -58,13 +68,16 @@ class ReasoningForm:
         return not self.is_harmony and reply.rfind(self.start) > reply.rfind(self.end)
 
 
-def _token_in(mark: str) -> str:
-    """The control token that a mark starts with: "<|channel>" of "<|channel>thought"."""
-    return mark[: mark.find(">") + 1]
-
-
-def _tags(name: str, start: str, end: str) -> ReasoningForm:
-    return ReasoningForm(name, start, end, end)
+def _tags(
+    name: str,
+    start: str,
+    end: str,
+    *,
+    leads: tuple[str, ...] = (),
+    ends: tuple[str, ...] = (),
+    known_by: tuple[str, ...] = (),
+) -> ReasoningForm:
+    return ReasoningForm(name, start, end, end, leads=leads, ends=ends, known_by=known_by)
 
 
 # Sources: the chat templates that the models' makers publish, as collected in llama.cpp's models/templates; "OpenAI
@@ -75,14 +88,33 @@ FORMS: Mapping[str, ReasoningForm] = {
         ReasoningForm(
             "harmony", "<|channel|>analysis<|message|>", "<|end|>",
             "<|end|><|start|>assistant<|channel|>final<|message|>", is_harmony=True,
+            known_by=(HEADER, "analysis"),
         ),
+        ReasoningForm(
+            "solar", "<|think|>", "<|end|>", "<|end|><|begin|>assistant<|content|>",
+            leads=("<|begin|>assistant", "<|content|>"), ends=("<|end|>",), known_by=("<|begin|>assistant<|think|>",),
+        ),
+        ReasoningForm(
+            "kimi-k3", "<|open|>think<|sep|>", "<|close|>think<|sep|>",
+            "<|close|>think<|sep|><|open|>response<|sep|>",
+            leads=("<|open|>response<|sep|>",), ends=("<|close|>response<|sep|>", "<|close|>message<|sep|>"),
+            known_by=("'<|open|>'", "open_tag('think')"),
+        ),
+        _tags("hy3", "<think:opensource>", "</think:opensource>", known_by=("'<think{}>'.format(", ":opensource")),
         _tags("gemma", "<|channel>thought", "<channel|>"),
         _tags("seed", "<seed:think>", "</seed:think>"),
         _tags("minimax", "<mm:think>", "</mm:think>"),
         _tags("mistral", "[THINK]", "[/THINK]"),
         _tags("command", "<|START_THINKING|>", "<|END_THINKING|>"),
-        _tags("apriel", "Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),
-        _tags("think", "<think>", "</think>"),
+        _tags(
+            "apriel", "Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]",
+            ends=("[END FINAL RESPONSE]",), known_by=("[BEGIN FINAL RESPONSE]",),
+        ),
+        _tags(
+            "granite", "<think>", "</think>",
+            leads=("<response>",), ends=("</response>",), known_by=("<think></think>", "<response></response>"),
+        ),
+        _tags("think", "<think>", "</think>", known_by=("</think>",)),
     )
 }  # fmt: skip
 
@@ -96,10 +128,10 @@ def form_of(templates: Iterable[str], tokenizer: Tokenizer) -> ReasoningForm | N
     """
     sources = list(templates)
     for form in FORMS.values():
-        start, end = (HEADER, "analysis") if form.is_harmony else (form.start, form.end)
-        if any(end in source and (form.name == "think" or start in source) for source in sources):
+        marks = form.known_by or (form.start, form.end)
+        if any(all(mark in source for mark in marks) for source in sources):
             return form
-        if not form.is_harmony and {form.start, form.end} <= tokenizer.added_tokens.keys():
+        if not form.is_harmony and {form.start, form.end, *form.leads} <= tokenizer.added_tokens.keys():
             return form
     return None
 
@@ -136,6 +168,7 @@ class ReasoningParser:
         self._held = ""  # text that is not decided yet
         self._has_begun = False  # the current thought has text
         self._is_thought = self._is_final = False  # harmony: the current message is a thought, is the answer
+        self._is_answer = False  # a thought or a lead came before
         self._opened = is_open  # the thought's first mark is in the prompt, and may come once more
         self._state = self._text if form is None else self._header if form.is_harmony else self._before
 
@@ -147,7 +180,7 @@ class ReasoningParser:
     @property
     def may_think(self) -> bool:
         """Whether it ends inside a thought, or one may still begin."""
-        return self._state not in (self._after, self._text) and not self._is_final
+        return self._state not in (self._lead, self._text) and not self._is_final
 
     def feed(self, text: str) -> list[Part]:
         """Parses the next piece of text; returns the parts that are certain."""
@@ -160,7 +193,7 @@ class ReasoningParser:
     def finish(self) -> list[Part]:
         """At the end of the text: the parts that were held back."""
         held, self._held = self._held, ""
-        if not held or self._state == self._after:
+        if not held or (self._state == self._lead and self._is_answer and held.isspace()):
             return []
         if self._state == self._header:
             return [("text", held)] if self._is_raw else []
@@ -183,7 +216,7 @@ class ReasoningParser:
             self._held, self._state = text[len(start) :], self._thought
         else:
             self._opened = self._opened and not (unless and text.startswith(unless))
-            self._state = self._thought if self._opened else self._text
+            self._state = self._thought if self._opened else self._lead
         return True
 
     def _thought(self, parts: list[Part]) -> bool:
@@ -191,24 +224,45 @@ class ReasoningParser:
         place = self._held.find(self._form.end)
         if place >= 0:
             self._think(self._held[:place].rstrip(), parts)
-            self._held, self._state = self._held[place + len(self._form.end) :], self._after
+            self._held, self._state = self._held[place + len(self._form.end) :], self._lead
+            self._is_answer = True
             return True
         certain = self._held[: len(self._held) - n_half(self._held, self._form.end)].rstrip()
         self._held = self._held[len(certain) :]
         self._think(certain, parts)
         return False
 
-    def _after(self, _: list[Part]) -> bool:
-        """Blanks between a thought and the answer."""
-        self._held = self._held.lstrip()
-        if self._held:
+    def _lead(self, _: list[Part]) -> bool:
+        """Before the answer: marks, and blanks behind a thought or a mark."""
+        assert self._form is not None
+        text = self._held.lstrip()
+        if self._is_answer:
+            self._held = text
+        leads = self._form.leads if text or self._is_answer else ()
+        if any(len(text) < len(lead) and lead.startswith(text) for lead in leads) or not self._held:
+            return False
+        lead = next((lead for lead in leads if text.startswith(lead)), None)
+        if lead is None:
             self._state = self._text
+        else:
+            self._held, self._is_answer = text[len(lead) :], True
         return bool(self._held)
 
     def _text(self, parts: list[Part]) -> bool:
-        parts.append(("text", self._held))
-        self._held = ""
-        return False
+        given = self._form.ends if self._form is not None else ()
+        ends = [end for end in given if self._is_answer or end.startswith("<|")]
+        found = min(((place, end) for end in ends if (place := self._held.find(end)) >= 0), default=None)
+        if found is not None:
+            text, rest = self._held[: found[0]].rstrip(), self._held[found[0] + len(found[1]) :]
+        elif ends:
+            text = self._held[: len(self._held) - max(n_half(self._held, end) for end in ends)].rstrip()
+            rest = self._held[len(text) :]
+        else:
+            text, rest = self._held, ""
+        if text:
+            parts.append(("text", text))
+        self._held = rest
+        return found is not None
 
     def _think(self, text: str, parts: list[Part]) -> None:
         text = text if self._has_begun else text.lstrip()

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from fabula.server.openai import dialects
-from fabula.server.openai.schemas import Asked, Borrowed, Message
+from fabula.server.openai.schemas import Asked, Borrowed, EmbeddingBody, Message
 from fabula.server.schemas import Strict
 
 
@@ -60,6 +60,22 @@ class TemplateBody(Borrowed):
     thinking_budget: int | None = None
 
 
+def _embedding(body: dict[str, Any]) -> None:
+    if "content" in body:
+        body.setdefault("input", body.pop("content"))
+
+
+class LlamaEmbeddingBody(EmbeddingBody):
+    """Texts to turn into vectors, in llama.cpp's form."""
+
+    translate: ClassVar[Callable[[dict[str, Any]], None]] = _embedding
+
+    input: str | list[str] | list[int] | list[list[int]] = Field(
+        description="Texts, or token ids of this model's tokenizer; `content` is another name."
+    )
+    embd_normalize: int | None = Field(None, description="Must be 2: vectors have the length 1.")
+
+
 class RerankBody(Borrowed):
     """Documents to put into order."""
 
@@ -90,6 +106,21 @@ class PropsReply(Loose):
     default_generation_settings: dict[str, Any]
     total_slots: int
     chat_template: str
+
+
+class LlamaEmbeddingReply(BaseModel):
+    """The vector of a text."""
+
+    index: int
+    embedding: list[list[float]]
+
+
+class SlotReply(Loose):
+    """An answer that runs, or one that may."""
+
+    id: int
+    n_ctx: int
+    is_processing: bool
 
 
 class RerankReply(Loose):

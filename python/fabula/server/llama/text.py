@@ -1,4 +1,4 @@
-"""`/apply-template`, `/props` and `/rerank` of llama.cpp's server."""
+"""`/apply-template`, `/props`, `/embedding` and `/rerank` of llama.cpp's server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from fabula import __version__
 from fabula.server.describe import READING, WRITING, fails
 from fabula.server.embed import embedded
 from fabula.server.failures import refuse
-from fabula.server.llama.schemas import PropsReply, RerankBody, RerankReply, TemplateBody, TemplateReply
+from fabula.server.llama.schemas import (
+    LlamaEmbeddingBody,
+    LlamaEmbeddingReply,
+    PropsReply,
+    RerankBody,
+    RerankReply,
+    TemplateBody,
+    TemplateReply,
+)
+from fabula.server.openai.embeddings import embeddings_of
 from fabula.server.openai.format import Json
 from fabula.server.openai.messages import plain_messages
 from fabula.server.reasoning import Reasoning, Wish
@@ -77,6 +86,19 @@ async def props() -> Any:
         "modalities": {"vision": False, "audio": False},
         "build_info": f"fabula {__version__}",
     }
+
+
+@routes.post("/embedding")
+@tag(["llama.cpp"])
+@validate_request(LlamaEmbeddingBody)
+@document_response(list[LlamaEmbeddingReply], 200)
+@fails(*WRITING)
+async def embedding(data: LlamaEmbeddingBody) -> Any:
+    """Embeds texts as vectors of length 1, in llama.cpp's form."""
+    if data.embd_normalize not in (None, 2):
+        raise refuse("embd_normalize", f"is {data.embd_normalize}, must be 2: vectors have the length 1", "unsupported")
+    found, _ = await embeddings_of(data)
+    return [{"index": i, "embedding": [vector]} for i, vector in enumerate(found.vectors.tolist())]
 
 
 @routes.post("/rerank")

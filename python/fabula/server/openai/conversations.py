@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 import threading
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from fabula.errors import InvalidArgument, SessionNotFound
@@ -105,6 +106,20 @@ def find_conversation(state: Server, tenant: str, id: str) -> Session:
     except SessionNotFound:
         pass
     raise ApiError(404, "conversation_not_found", f"there is no conversation {id[:128]!r}")
+
+
+def write_items(state: Server, session: Session, exchanges: list[tuple[list[dict[str, Any]], str]]) -> list[Turn]:
+    """Adds messages and answers to a conversation as turns; blocks.
+
+    Raises:
+        ApiError, InvalidArgument, ContextOverflow: as `Session.write`; the exchanges before that one are written.
+    """
+    turns = []
+    with lock_of(session):
+        for messages, answer in exchanges:
+            state.limits.check_turns(session)
+            turns.append(session.write(answer, said=messages, wait=True))
+    return turns
 
 
 def not_found(id: str) -> ApiError:

@@ -8,13 +8,14 @@ from typing import Any
 from quart import Blueprint
 from quart_schema import document_response, tag, validate_request
 
+from fabula.engine.embedding import Embeddings
 from fabula.server.describe import WRITING, fails
 from fabula.server.embed import embedded
 from fabula.server.failures import refuse
 from fabula.server.openai.format import Json
 from fabula.server.openai.replies import EmbeddingsReply
 from fabula.server.openai.schemas import MAX_INPUTS, EmbeddingBody
-from fabula.server.state import server
+from fabula.server.state import Serving, server
 
 routes = Blueprint("openai_embeddings", __name__)
 
@@ -26,6 +27,31 @@ routes = Blueprint("openai_embeddings", __name__)
 @fails(*WRITING)
 async def embeddings(data: EmbeddingBody) -> Any:
     """Embeds texts as vectors of length 1. Those of a model that was not trained for it are a rough measure."""
+    found, serving = await embeddings_of(data)
+    n_tokens = sum(found.n_tokens)
+    as_bytes = data.encoding_format == "base64"
+
+    def encoded(vector: Any) -> Any:
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode() if as_bytes else vector.tolist()
+
+    def encode() -> list[Json]:
+        vectors = enumerate(found.vectors)
+        return [{"object": "embedding", "index": i, "embedding": encoded(vector)} for i, vector in vectors]
+
+    return {
+        "object": "list",
+        "data": await server().call(encode),
+        "model": serving.name,
+        "usage": {"prompt_tokens": n_tokens, "total_tokens": n_tokens},
+    }
+
+
+async def embeddings_of(data: EmbeddingBody) -> tuple[Embeddings, Serving]:
+    """The vectors of a request's texts, and the model they are from.
+
+    Raises:
+        ApiError: a text is empty or too long, ids are of another tokenizer, or another size is asked for.
+    """
     state = server()
     texts = texts_of(data)
     for i, text in enumerate(texts):
@@ -39,23 +65,7 @@ async def embeddings(data: EmbeddingBody) -> Any:
     if data.dimensions not in (None, size):
         raise refuse("dimensions", f"is {data.dimensions}, the model has {size}", "unsupported")
     special = data.parse_special is not False
-    found = await embedded(model, texts, pooling=data.pooling or "mean", parse_special=special)
-    n_tokens = sum(found.n_tokens)
-    as_bytes = data.encoding_format == "base64"
-
-    def encoded(vector: Any) -> Any:
-        return base64.b64encode(vector.astype("<f4").tobytes()).decode() if as_bytes else vector.tolist()
-
-    def encode() -> list[Json]:
-        vectors = enumerate(found.vectors)
-        return [{"object": "embedding", "index": i, "embedding": encoded(vector)} for i, vector in vectors]
-
-    return {
-        "object": "list",
-        "data": await state.call(encode),
-        "model": serving.name,
-        "usage": {"prompt_tokens": n_tokens, "total_tokens": n_tokens},
-    }
+    return await embedded(model, texts, pooling=data.pooling or "mean", parse_special=special), serving
 
 
 def texts_of(data: EmbeddingBody) -> list[str | list[int]]:

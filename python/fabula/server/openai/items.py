@@ -62,6 +62,41 @@ def messages_of(given: str | list[Json], limits: Limits) -> list[Json]:
     return found
 
 
+def exchanges_of(items: list[Json], limits: Limits) -> list[tuple[list[Json], str]]:
+    """Messages and the answers to them, from the items of a conversation; the last answer is "" if there is none yet.
+
+    Raises:
+        ApiError: an item is no message, is malformed or too long, or an answer comes first; names the field.
+    """
+    found: list[tuple[list[Json], str]] = []
+    messages: list[Json] = []
+    is_answer = False
+    for i, item in enumerate(items):
+        where = f"items[{i}]"
+        kind = item.get("type") or "message"
+        if kind == "reasoning":  # no template renders thoughts of the past
+            continue
+        if kind != "message":
+            raise refuse(
+                f"{where}.type",
+                f"is {str(kind)[:40]!r}: a conversation takes messages; give calls and results to /v1/responses",
+                "unsupported",
+            )
+        message = _message(item, where)
+        limits.check_text(message["content"], where)
+        if message["role"] != "assistant":
+            messages.append(message)
+        elif messages:
+            found.append((messages, message["content"]))
+            messages = []
+        elif is_answer:
+            found[-1] = (found[-1][0], f"{found[-1][1]}\n\n{message['content']}")
+        else:
+            raise refuse(where, "is the assistant's; a conversation begins with another message")
+        is_answer = message["role"] == "assistant"
+    return [*found, (messages, "")] if messages else found
+
+
 def _message(item: Json, where: str) -> Json:
     role = item.get("role")
     if role not in ROLES:
