@@ -527,7 +527,7 @@ class Laws(RuleBasedStateMachine):
         usage = self.model.kv_usage
         assert usage.n_used == usage.n_pages - self.pool.n_free == usage.n_cached
         assert usage.used_bytes == usage.n_used * self.pool.page_bytes
-        states = {state.slot for sequence in held for state in sequence.states()}
+        states = {state.slot for sequence in held for state in sequence.held_states() if state.slot >= 0}
         assert usage.n_slots_used == len(states), "a slot is held for nobody"
 
     def teardown(self) -> None:

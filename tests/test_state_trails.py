@@ -20,7 +20,7 @@ from fabula.errors import InvalidArgument, OutOfMemory
 from fabula.formats.checkpoint import DType
 from fabula.kv.cache import KvEvictionList
 from fabula.kv.pages import PagePool, Sequence
-from fabula.kv.prefix import EVERYTHING, KeyChain
+from fabula.kv.prefix import EVERYTHING, KeyChain, Window
 from fabula.kv.states import MAX_SLOTS, MIN_SLOTS, Rank, State, slots_for
 
 FLOATS = (6, 10)  # of two recurrent layers
@@ -363,6 +363,28 @@ def test_a_text_cannot_go_on_where_no_state_was_kept(pool: PagePool) -> None:
         sequence.fork(80)
     with pytest.raises(InvalidArgument, match="cannot truncate at 80 tokens"):
         sequence.truncate(80)
+
+
+def test_a_window_that_moves_on_drops_states_behind_it() -> None:
+    pool = new_pool(n_slots=30)
+    cache = KvEvictionList(pool)
+    cache.spill = shelf = Shelf(pool)
+    with Sequence(pool, Window(40, 4)) as sequence:
+        text = (0,) * 250
+        sequence.keep_states(70, 150)
+        for end in range(10, 251, 10):
+            compute(sequence, text, end)
+            sequence.slide(sequence.n_tokens)
+            sequence.drop_passing(sequence.n_tokens)
+        positions = [state.position for state in sequence.states()]
+        assert positions[-1] == 250 and 70 not in positions and sequence.usable(150) == 0
+        keys = KeyChain("", sequence.window).keys(ids_of(text))
+        sequence.publish_states(keys, ids_of(text), also_passing=True)
+        cache.keep(sequence)
+        cache.evict(sequence)
+        assert shelf.n_states == len(positions)
+    assert pool.usage().n_slots_used == 0
+    pool.close()
 
 
 def test_passing_states_are_kept_until_the_reader_has_passed_them(pool: PagePool) -> None:

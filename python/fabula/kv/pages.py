@@ -633,6 +633,7 @@ class Sequence(Stateful):
                 self._release(start, end)
                 self._pages[start:end] = [HOLE] * (end - start)
                 self._hole = end
+                self._drop_hidden_states()
 
     def drop_windowed(self) -> None:
         """Drops windowed KV that no token after it sees, nor one after TAKE_BACK fewer tokens."""

@@ -57,6 +57,11 @@ class Stateful:
             with self.pool.lock:
                 self.trail.drop_passing(n_read, self.n_tokens)
 
+    def _drop_hidden_states(self) -> None:
+        """Drops states after which a token would see pages that were released."""
+        if self.trail is not None:
+            self.trail.drop([s.position for s in self.trail.states() if self._visible(s.position) < s.position])
+
     # ---- What is kept -----------------------------------------------------------------------------------------------
 
     def keep_states(self, *marks: int) -> None:
@@ -80,11 +85,11 @@ class Stateful:
     # ---- What it has ------------------------------------------------------------------------------------------------
 
     def states(self) -> list[State]:
-        """The states it has, in order; none without recurrent layers."""
+        """The states that a text can go on from, in order; none without recurrent layers."""
         if self.trail is None:
             return []
         with self.pool.lock:
-            return self.trail.states()
+            return [state for state in self.trail.states() if self._visible(state.position) == state.position]
 
     def states_in_use(self) -> Iterable[State]:
         """Those that it needs to go on. The caller holds the pool's lock."""

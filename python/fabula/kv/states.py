@@ -372,6 +372,11 @@ class Trail:
             else:
                 last = position
 
+    def drop(self, positions: Iterable[int]) -> None:
+        """Drops the states at some positions."""
+        for position in positions:
+            del self._at[position]
+
     # ---- Forks, rollbacks and ends ----------------------------------------------------------------------------------
 
     def fork(self, n_tokens: int) -> Trail:
