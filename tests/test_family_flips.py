@@ -74,7 +74,7 @@ OWN: dict[str, list[Any]] = {
     "bias": [True, False],
     "clip_qkv": [0.2, None],
     "decoder_sparse_step": [1, 2, 3],
-    "embedding_multiplier": [0.5, 7],
+    "embedding_multiplier": [0.5, 7.0],
     "enable_moe_block": [True, False],
     "ffn_hidden_size": [None, ABSENT],
     "final_logit_softcapping": [0.5, None],

@@ -249,6 +249,7 @@ CUTS: Mapping[str, Cut] = {
             "time_step_limit": [0.0, float("inf")], "mamba_proj_bias": False, "intermediate_size": 60,
             "position_embedding_type": None,
         },
+        peer="llama.cpp of llama-cpp-python 0.3.36 aborts on this file",
     ),
     "granitemoehybrid-biased": Cut(
         "granitemoehybrid-dense", {"time_step_limit": [0.0, float("inf")], "intermediate_size": 60}, peer=_NO_BIAS,

@@ -371,7 +371,7 @@ def falcon_h1_layers(read: ConfigReader, c: ModelConfig) -> ModelConfig:
         out_scale=_factor(read, "ssm_out_multiplier"),
     )
     gate, down = _factors(read, "mlp_multipliers", 2)
-    keys = _factor(read, "key_multiplier")
+    keys = read.number("key_multiplier", 1e-9, 1e6, 1.0)
     layers = []
     for layer in c.layers:
         attention = replace(
