@@ -119,7 +119,8 @@ const char *fb_cuda_lacks(const fb_program *program, const struct fb_op *op) {
     const struct fb_program_shape *s = &program->shape;
     if ((size_t)op->kind >= sizeof launches / sizeof *launches || !launches[op->kind].runs) return "";
     if (op != program->ops) return lacks_option(program, op);
-    if (s->n_geometries != 1 || s->heads[0].k_dim != s->heads[0].v_dim) return "for layers whose heads differ";
+    if (s->n_geometries != 1 || s->heads[0].k_dim != s->heads[0].v_dim || s->heads[0].v_in_k)
+        return "for layers whose heads differ";
     return s->n_ropes == 1 && s->heads[0].rope == 0 ? NULL : "for layers whose rope differs";
 }
 
