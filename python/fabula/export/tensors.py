@@ -23,6 +23,7 @@ from fabula.models.rope import rotated_width
 from fabula.models.views import View, ViewedCheckpoint, viewed
 
 _FUSED = ("falcon", "gpt2", "gptneox", "bloom", "mpt")  # architectures that read q, k and v in one matrix only
+_GATE_UP = "ffn_gate_up_exps"  # gates and ups of all experts, in architectures that have them in one tensor
 _NUMBERS = ".act_fn."  # numbers of xIELU, which are keys
 _STREAM_SCALE = ".altup.correct_output_scale"
 _NOT_WEIGHTS = ".rotary_emb.inv_freq"  # a buffer in older checkpoints, derived from the config
@@ -157,6 +158,8 @@ def _layer(config: ModelConfig, arch: str, i: int, names: Collection[str]) -> It
         if (part == "attn_qkv") != (arch in _FUSED) and part in ("attn_qkv", "attn_q", "attn_k", "attn_v"):
             continue
         if part.endswith(OF_EXPERTS):
+            if part in ("ffn_gate_exps", "ffn_up_exps") and _GATE_UP in row.layer:
+                continue
             if layer.experts:
                 yield from _of_experts(config.hidden_size, layer.experts, i, part, name, names)
             continue
@@ -201,8 +204,12 @@ def _of_experts(
     elif part.startswith(("pre_", "post_")):
         if experts.beside_mlp:
             yield Part(target, (name,))
-    elif part == "ffn_gate_up_exps":  # gate and up are written apart
-        return
+    elif part == _GATE_UP:
+        fused = name if name in names else name.removesuffix(".weight")
+        prefix = name.removesuffix("gate_up_proj.weight")
+        pairs = [f"{prefix}{e}.{half}_proj.weight" for e in range(router.n_experts) for half in ("gate", "up")]
+        shape = (router.n_experts, 2 * experts.size, hidden_size)
+        yield Part(target, (fused,) if fused in names else tuple(pairs), shape=shape)
     elif part.endswith("_shexp"):
         if experts.shared:
             yield Part(target, (name,))
