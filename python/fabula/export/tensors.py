@@ -205,11 +205,11 @@ def _of_experts(
         if experts.beside_mlp:
             yield Part(target, (name,))
     elif part == _GATE_UP:
-        fused = name if name in names else name.removesuffix(".weight")
+        both = name if name in names else name.removesuffix(".weight")
         prefix = name.removesuffix("gate_up_proj.weight")
         pairs = [f"{prefix}{e}.{half}_proj.weight" for e in range(router.n_experts) for half in ("gate", "up")]
-        shape = (router.n_experts, 2 * experts.size, hidden_size)
-        yield Part(target, (fused,) if fused in names else tuple(pairs), shape=shape)
+        wide = (router.n_experts, 2 * experts.size, hidden_size)
+        yield Part(target, (both,) if both in names else tuple(pairs), shape=wide)
     elif part.endswith("_shexp"):
         if experts.shared:
             yield Part(target, (name,))
