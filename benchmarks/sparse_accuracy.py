@@ -47,7 +47,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         _SIZES | {"intermediate_size": 1024, "moe_intermediate_size": 256, "num_experts": 32, "num_experts_per_tok": 4}
         | {"norm_topk_prob": True},
     ),
-    # Without YaRN, whose ramp llama.cpp cuts to whole numbers (docs/models.md).
+    # Without YaRN, whose ramp llama.cpp cuts to whole numbers (docs/formats.md).
     "gpt-oss": (
         "gpt_oss",
         _SIZES | {"intermediate_size": 512, "num_local_experts": 16, "num_experts_per_tok": 4}

@@ -29,7 +29,7 @@ FORMATS = (DType.F32, DType.F16, DType.BF16, DType.Q8_0, DType.Q4_0)
 BOUNDS: Mapping[DType, float] = {
     DType.F32: 1e-4, DType.F16: 3e-2, DType.BF16: 2e-1, DType.Q8_0: 5e-1, DType.Q4_0: 1.5,
 }  # fmt: skip
-SPARSE = 1e-1  # least bound of mixtures: rounding may choose another expert for a token, which then counts as a whole
+SPARSE = 4e-1  # least bound of rounded mixtures: a token may go to another expert, which then counts as a whole
 _MORE = {name: Case(family) for name, family in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"))}
 _MORE["qwen3"] = Case("Qwen3")
 # Compared with the code that is published beside their weights, or with the family that they are.
@@ -140,7 +140,8 @@ def test_every_format_of_every_family(tmp_path_factory: pytest.TempPathFactory) 
             continue
         found = np.max([errors(case, tmp_path_factory.mktemp(model_type)) for case in cases.values()], axis=0)
         for error, dtype in zip(found, FORMATS, strict=True):
-            bound = BOUNDS[dtype] if FAMILIES[model_type].traits.experts is None else max(BOUNDS[dtype], SPARSE)
+            is_exact = dtype is DType.F32 or FAMILIES[model_type].traits.experts is None
+            bound = BOUNDS[dtype] if is_exact else max(BOUNDS[dtype], SPARSE)
             assert error <= bound, f"{model_type} in {dtype.name}: {error:.1e}"
         for error, cell in zip(found, known.get(column, []), strict=False):
             assert error <= 2 * float(cell) + 1e-6, f"{model_type}: the page says {cell}, measured {error:.1e}"

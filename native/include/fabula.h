@@ -446,7 +446,7 @@ enum fb_op_flag {
     FB_HEADS_TILED = 32768,    /* DELTA_RULE: head h has q and k of head h % n_groups */
     FB_DELTA_NEGATIVE = 65536, /* DELTA_RULE: the factor of updates is 0 .. 2, so eigenvalues may be negative */
     FB_GATE_FIRST = 131072,    /* GATED_NORM: the gate comes before the norm */
-    FB_HEADS_LATENT = 262144   /* HEAD_NORM: only an RMS norm of the last v_dim numbers of each k head, by `vector2` */
+    FB_HEADS_LATENT = 524288   /* HEAD_NORM: only an RMS norm of the last v_dim numbers of each k head, by `vector2` */
 };
 
 /* One operator. `vector` is, by kind:

@@ -26,7 +26,11 @@ from fabula.models.rope import rotated_width
 from fabula.models.views import View, ViewedCheckpoint
 
 _FUSED = ("falcon", "gpt2", "gptneox", "bloom", "mpt")  # architectures that read q, k and v in one matrix only
+<<<<<<< HEAD
 _OF_QUERIES = ("attn_q", "attn_q_a", "attn_q_a_norm", "attn_q_b")  # with a latent of queries, or without
+=======
+_GATE_UP = "ffn_gate_up_exps"  # gates and ups of all experts, in architectures that have them in one tensor
+>>>>>>> moefam
 _NUMBERS = ".act_fn."  # numbers of xIELU, which are keys
 _STREAM_SCALE = ".altup.correct_output_scale"
 _NOT_WEIGHTS = ".rotary_emb.inv_freq"  # a buffer in older checkpoints, derived from the config
@@ -158,6 +162,8 @@ def _layer(config: ModelConfig, arch: str, i: int, names: Collection[str]) -> It
         if (part == "attn_qkv") != (arch in _FUSED) and part in ("attn_qkv", "attn_q", "attn_k", "attn_v"):
             continue
         if part.endswith(OF_EXPERTS):
+            if part in ("ffn_gate_exps", "ffn_up_exps") and _GATE_UP in row.layer:
+                continue
             if layer.experts:
                 yield from _of_experts(config.hidden_size, layer.experts, i, part, name, names)
             continue
@@ -213,8 +219,12 @@ def _of_experts(
     elif part.startswith(("pre_", "post_")):
         if experts.beside_mlp:
             yield Part(target, (name,))
-    elif part == "ffn_gate_up_exps":  # gate and up are written apart
-        return
+    elif part == _GATE_UP:
+        both = name if name in names else name.removesuffix(".weight")
+        prefix = name.removesuffix("gate_up_proj.weight")
+        pairs = [f"{prefix}{e}.{half}_proj.weight" for e in range(router.n_experts) for half in ("gate", "up")]
+        wide = (router.n_experts, 2 * experts.size, hidden_size)
+        yield Part(target, (both,) if both in names else tuple(pairs), shape=wide)
     elif part.endswith("_shexp"):
         if experts.shared:
             yield Part(target, (name,))
