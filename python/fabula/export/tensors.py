@@ -26,11 +26,8 @@ from fabula.models.rope import rotated_width
 from fabula.models.views import View, ViewedCheckpoint
 
 _FUSED = ("falcon", "gpt2", "gptneox", "bloom", "mpt")  # architectures that read q, k and v in one matrix only
-<<<<<<< HEAD
 _OF_QUERIES = ("attn_q", "attn_q_a", "attn_q_a_norm", "attn_q_b")  # with a latent of queries, or without
-=======
 _GATE_UP = "ffn_gate_up_exps"  # gates and ups of all experts, in architectures that have them in one tensor
->>>>>>> moefam
 _NUMBERS = ".act_fn."  # numbers of xIELU, which are keys
 _STREAM_SCALE = ".altup.correct_output_scale"
 _NOT_WEIGHTS = ".rotary_emb.inv_freq"  # a buffer in older checkpoints, derived from the config
