@@ -29,8 +29,8 @@ _SPREAD = 0.02  # standard deviation of weights, about that of trained models
 _PIECE = 1 << 18  # random numbers
 
 # Shapes from config.json of google/gemma-3-1b-it, meta-llama/Llama-3.2-1B (without its scaling of rope),
-# microsoft/phi-1_5 and microsoft/Phi-4-mini-instruct; the last with 8 of its 32 layers, so that it is as large as the
-# others.
+# microsoft/phi-1_5, microsoft/Phi-4-mini-instruct and openai/gpt-oss-20b; the last two with 8 of 32 and 4 of 24 layers,
+# so that they are as large as the others, and gpt-oss with a smaller vocabulary and without its scaling of rope.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma-3-1b": (
         "gemma3_text",
@@ -91,6 +91,37 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_topk_prob": True,
             "vocab_size": 49152,
             "max_position_embeddings": 4096,
+        },
+    ),
+    # A dense model that reads as many bytes a token as the mixture above: 8 experts of 768 are an MLP of 6,144.
+    "dense-of-moe-4b-a1b": (
+        "qwen3",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "vocab_size": 49152,
+            "max_position_embeddings": 4096,
+        },
+    ),
+    "gpt-oss-4-layers": (
+        "gpt_oss",
+        {
+            "hidden_size": 2880,
+            "intermediate_size": 2880,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "num_local_experts": 32,
+            "num_experts_per_tok": 4,
+            "sliding_window": 128,
+            "vocab_size": 49152,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
         },
     ),
     "phi-4-mini-8-layers": (

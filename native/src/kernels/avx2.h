@@ -261,11 +261,13 @@ static inline v16i v16i_from_pairs(v64 a) {
 #endif
 
 enum { FEW_TOKENS = 6, BLOCK_TOKENS = 3, BLOCK_PANELS = 1, SCALE_REPEATS = 1 };
-#define MAX_FEW_TILES(bits) ((bits) == 6 ? 2 : 3)
-#define FEW_TILES(X)        X(6, 6) X(4, 4) X(3, 3) X(2, 2) X(1, 1)
-#define BLOCK_TILES(X)      X(2, 1) X(3, 1)
-#define HALF_TILES(X)       X(4) X(5) X(6)
-#define HAS_HALVES(tokens)  ((tokens) >= (DOT_KNOWS_ZERO ? 3 : 4))
+#define MAX_FEW_TILES(bits) ((bits) == 6 || ((bits) == 8 && !DOT_KNOWS_ZERO) ? 2 : 3)
+/* With VPDPBUSD codes of 8 bits take nothing to unpack or sign, and more tokens only more broadcasts. */
+#define LARGEST_FEW_TILE(bits) ((bits) == 8 && !DOT_KNOWS_ZERO ? 3 : FEW_TOKENS)
+#define FEW_TILES(X)           X(6, 6) X(4, 4) X(3, 3) X(2, 2) X(1, 1)
+#define BLOCK_TILES(X)         X(2, 1) X(3, 1)
+#define HALF_TILES(X)          X(4) X(5) X(6)
+#define HAS_HALVES(tokens)     ((tokens) >= (DOT_KNOWS_ZERO ? 3 : 4))
 
 enum { SUMS = 6, MAX_TOKENS = 6, MAX_PANELS = 4 };
 enum { STATE_BLOCKS = 2 };

@@ -194,10 +194,11 @@ static inline v16i v16i_dot(v16i sums, v64 codes, const int8_t *x, bool is_wide)
 #endif
 
 /* A tile of 6 tokens uses 12 of the 32 registers (few tokens) or 24 (two panels) for dot products and sums,
- * the rest for lines, scales and one broadcast. More than 24 tokens run in tiles of 5 or 6. */
-#define MAX_FEW_TILES(bits) 4
-enum { FEW_TOKENS = 6, BLOCK_TOKENS = 6, BLOCK_PANELS = 2, SCALE_REPEATS = 1 };
-#define FEW_TILES(X)   X(6, 5) X(4, 3) X(2, 2) X(1, 1)
+ * the rest for lines, scales and one broadcast. Few tokens in tiles of 8 to 12 unpack codes once for all of them.
+ * More than 24 tokens run in tiles of 5 or 6. */
+#define MAX_FEW_TILES(bits) 2
+enum { FEW_TOKENS = 12, BLOCK_TOKENS = 6, BLOCK_PANELS = 2, SCALE_REPEATS = 1 };
+#define FEW_TILES(X)   X(12, 11) X(10, 9) X(8, 7) X(6, 5) X(4, 3) X(2, 2) X(1, 1)
 #define BLOCK_TILES(X) X(5, 1) X(5, 2) X(6, 1) X(6, 2)
 
 enum { SUMS = 24, MAX_TOKENS = 12, MAX_PANELS = 4 };

@@ -81,6 +81,7 @@ INLINE void few_tokens(const enum fb_dtype dtype, const char *panels, size_t n_p
     const size_t panel_bytes = fb_panel_bytes(dtype, n_cols);
     for (size_t p = 0; p < n_panels; p++) {
         const char *panel = panels + p * panel_bytes;
+        bool has_prefetched = false;
         size_t taken;
         for (size_t t = 0; t < n_tokens; t += taken) {
             const size_t rest = n_tokens - t;
@@ -88,14 +89,13 @@ INLINE void few_tokens(const enum fb_dtype dtype, const char *panels, size_t n_p
             float *out = y + t * ldy + p * FB_LANES;
             taken = rest;
 #define TILE_CASE(T, least)                                                                                            \
-    if (rest >= (least)) {                                                                                             \
+    if ((T) <= LARGEST_FEW_TILE(fb_layout_of(dtype).bits) && rest >= (least)) {                                        \
         taken = rest < (T) ? rest : (T);                                                                               \
-        if (HAS_HALVES(T)) {                                                                                           \
-            few_tile(dtype, LOW_ROWS, T, panel, n_cols, from, ldx, taken, false, out, ldy);                            \
-            few_tile(dtype, HIGH_ROWS, T, panel, n_cols, from, ldx, taken, t == 0, out, ldy);                          \
-        } else                                                                                                         \
-            few_tile(dtype, ALL_ROWS, T, panel, n_cols, from, ldx, taken,                                              \
-                t == 0 ? taken == n_tokens : t <= FEW_TOKENS && !HAS_HALVES(FEW_TOKENS), out, ldy);                    \
+        const bool prefetches = !has_prefetched && (HAS_HALVES(T) || t > 0 || taken == n_tokens);                      \
+        if (HAS_HALVES(T)) few_tile(dtype, LOW_ROWS, T, panel, n_cols, from, ldx, taken, false, out, ldy);             \
+        few_tile(                                                                                                      \
+            dtype, HAS_HALVES(T) ? HIGH_ROWS : ALL_ROWS, T, panel, n_cols, from, ldx, taken, prefetches, out, ldy);    \
+        has_prefetched = has_prefetched || prefetches;                                                                 \
         continue;                                                                                                      \
     }
             FEW_TILES(TILE_CASE)

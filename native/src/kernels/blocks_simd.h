@@ -41,6 +41,7 @@
  *   v16_to_codes             16 f32 to 16 int8, rounding to even; returns the sum of the codes
  *   v16_top_magnitude        bits of the largest magnitude of 32 f32; as integers NaN > infinity > the rest
  *   FEW_TOKENS               tokens of the largest tile of few tokens
+ *   LARGEST_FEW_TILE(bits)   optional: the same for codes of that many bits
  *   MAX_FEW_TILES(bits)      at most so many such tiles per panel of codes of that many bits
  *   FEW_TILES(X)             X(tokens, least) for each such tile, the largest first: it is used for `least`
  *                            tokens or more, and computes the missing ones for nothing
@@ -55,8 +56,8 @@
  *                            blocks_mmla.h or blocks_amx.h. They take signed codes, minus their zero point
  *
  *     values                        avx2  avx512  avx512_amx  neon  neon_i8mm
- *     FEW_TOKENS                       6       6           6     3          3
- *     MAX_FEW_TILES                 2, 3       4           4     4          2
+ *     FEW_TOKENS                       6      12          12     3          3
+ *     MAX_FEW_TILES                 2, 3       2           2     4          2
  *     BLOCK_TOKENS x BLOCK_PANELS  3 x 1   6 x 2      16 x 2  3 x 1     2 x 1
  *     SCALE_REPEATS                    1       1           1     1          2
  *
@@ -259,6 +260,9 @@ INLINE v16i with_last_term(
 
 #ifndef HAS_HALVES
 #define HAS_HALVES(tokens) false
+#endif
+#ifndef LARGEST_FEW_TILE
+#define LARGEST_FEW_TILE(bits) FEW_TOKENS
 #endif
 #include "kernels/blocks_few_simd.h"
 
