@@ -230,7 +230,7 @@ def test_folders_with_several_models(whole: Path, parts: list[Path]) -> None:
 # ---- No model of an offered family ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", ["bert", "mamba", "clip", "whisper", "flux", "nomic-bert", "phimoe", "rwkv7", "t5"])
+@pytest.mark.parametrize("arch", ["bert", "mamba", "clip", "whisper", "flux", "nomic-bert", "rwkv7", "t5"])
 def test_other_families_are_refused_before_anything_else(tmp_path: Path, arch: str) -> None:
     """Before tokenizer, sizes and tensors, however strange those are."""
     keys = [key("general.architecture", STRING, arch), key("tokenizer.ggml.model", STRING, "klingon")]

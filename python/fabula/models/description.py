@@ -500,9 +500,8 @@ class ModelConfig:
     @property
     def kv_layers(self) -> tuple[KvLayer, ...]:
         """What a KV page holds: one entry for each layer that writes K and V of its own."""
-        own = [layer.attention for layer in self.layers if layer.attention.writes]
+        own = [a for a in self.attentions if a.writes]
         return tuple(KvLayer(a.n_kv_heads, a.k_dim, 0 if a.latent else a.v_dim) for a in own)
-        return tuple(KvLayer(a.n_kv_heads, a.k_dim, a.v_dim) for a in self.attentions if a.writes)
 
     @property
     def kv_windows(self) -> tuple[tuple[tuple[int, bool], ...], ...]:
