@@ -19,6 +19,7 @@ from fabula.engine.runner import Runner
 from fabula.formats.checkpoint import DType
 from fabula.kv.prefix import Window
 from fabula.models.opening import open_model
+from hybrid_families import hybrid_settings
 
 N = 150  # tokens of a text: several times each window
 Logits = npt.NDArray[np.float32]
@@ -49,7 +50,13 @@ def load(folder: Any, **options: Any) -> Runner:
         checkpoint.close()
 
 
-@pytest.fixture(scope="module", params=CASES)
+# Further settings of hybrids, whose recurrent form is a loop in transformers, and so slow.
+FURTHER = {name for name in hybrid_settings({}, {}) if "-" in name}
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.heavy if name in FURTHER else ()) for name in CASES]
+)
 def made(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Case, Any, Runner]]:

@@ -352,7 +352,8 @@ def test_names_are_those_that_the_format_has(made: Made, name: str) -> None:
         known = {gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[number]}
         found = {
             ".".join(
-                "{bid}" if part.isdecimal() else part for part in re.sub(r"\.(weight|bias|scale)$", "", tensor).split(".")
+                "{bid}" if part.isdecimal() else part
+                for part in re.sub(r"\.(weight|bias|scale)$", "", tensor).split(".")
             )
             for tensor in file.tensors
         }

@@ -47,6 +47,7 @@ def test_a_page_that_is_read_back_is_no_fault_of_the_loop(monkeypatch: pytest.Mo
     asyncio.run(work())
 
 
+@pytest.mark.heavy  # a processor stands still for it
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="needs a thread that others push aside")
 def test_a_loop_that_waits_for_a_thread_without_a_processor() -> None:
     """Such a thread's time in the queue is counted only when it leaves it."""
