@@ -322,6 +322,15 @@ def llama4_layers(read: ConfigReader, c: ModelConfig) -> ModelConfig:
     return replace(c, layers=tuple(layers))
 
 
+def ropes_by_kind(read: ConfigReader, t: Traits) -> Traits:
+    """Each kind of layers has a rotation of its own; one for all is refused, as transformers does."""
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = read.config.get(key)
+        if isinstance(rope, Mapping) and rope and not any(isinstance(part, Mapping) for part in rope.values()):
+            raise read.unsupported(key, "one for all kinds of layers is not offered")
+    return t
+
+
 def mrope(read: ConfigReader, c: ModelConfig) -> ModelConfig:
     """Rotation by place in an image; in a text all three positions are the same, so it is the plain one."""
     del read

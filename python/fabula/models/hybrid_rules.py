@@ -169,6 +169,8 @@ def gated(read: ConfigReader, c: ModelConfig) -> ModelConfig:
     """Attention has a gate of its result. Heads for further tokens, which only drafts need, are left out."""
     if read.config.get("attention_bias"):
         raise read.unsupported("attention_bias", "gates with a bias are not offered")
+    if any(c.rope.get(key) == "mrope" for key in ("rope_type", "type")):
+        raise read.unsupported("rope_parameters", "rope_type 'mrope' is not offered in this family")
     c = mrope(read, c)
     left_out = ("heads for drafts (MTP)",) if read.config.get("mtp_num_hidden_layers") else ()
     layers = [replace(layer, attention=replace(layer.attention, gated=True)) for layer in c.layers]

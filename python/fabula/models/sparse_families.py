@@ -207,6 +207,7 @@ SPARSE: Mapping[str, Family] = {
             kinds=rules.all_full,
             qk_norm="head",
             experts=experts.mellum,
+            adapt=rules.ropes_by_kind,
         ),
     ),
     # Tencent 2025: norms of q and k behind the rotation.
