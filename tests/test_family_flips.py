@@ -5,6 +5,7 @@ general fields; here each family gets its own fields, and a part of the general 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -191,6 +192,7 @@ WEIGHTS = {
     "topk_method": ("n_group",),
     **dict.fromkeys(("moe_layers", "interleave_moe_layer_step", "lm_head_bias"), ("tensor",)),
     "enable_moe_block": ("tensor", "num_experts"),
+    "num_experts": ("tensor",),
     **dict.fromkeys(("d_model", "n_heads", "n_layers", "altup_num_inputs", "laurel_rank"), ("tensor",)),
     "num_hidden_layers": (
         "layers_block_type",
@@ -223,7 +225,7 @@ def flips(case: Case) -> Iterator[dict[str, Any]]:
     declared = {field.name for field in dataclasses.fields(case.config_class)}
     unknown = declared - FIELDS.keys() - OWN.keys() - IDLE
     assert not unknown, f"fields nobody wrote values for: {unknown}"
-    config = case.config_class(**case.settings)
+    config = case.config_class(**copy.deepcopy(case.settings))
     n_layers = config.num_hidden_layers
     mixed = [[FULL, SLIDING] * n_layers, [SLIDING, FULL] * n_layers, [FULL] * n_layers]
     for key in sorted(declared):
