@@ -3,7 +3,7 @@
     python benchmarks/recurrence.py [--op NAME]... [--tokens N]... [--sequences N] [--isa NAME] [--threads N] [--json]
 
 A program of 18 such layers, as Qwen3.5-0.8B has (LFM2-700M and Granite 4 H Tiny for the others), and one without them
-take turns; what is told is the difference of their medians. A step of one token reads and writes every state once; with
+take turns; the result is the difference of their medians. A step of one token reads and writes every state once; with
 more tokens a state stays in the caches. With one thread times are processor time, which other processes change less.
 """
 

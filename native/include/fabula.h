@@ -253,7 +253,7 @@ typedef struct fb_page_pool fb_page_pool;
 #define FB_PAGE_POSITIONS 32
 
 /* What a page holds of one layer: KV heads, and the width of a head of K and of V, 1 .. 1024 each. v_dim 0: V is a part
- * of K (struct fb_heads) and not held; on the CPU only. Layers that reuse another layer's K and V are not listed. */
+ * of K (struct fb_heads) and not stored; on the CPU only. Layers that reuse another layer's K and V are not listed. */
 struct fb_kv_layer {
     int32_t n_kv_heads, k_dim, v_dim;
 };

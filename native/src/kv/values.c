@@ -1,7 +1,7 @@
 /*
  * values.c - values that are a part of K, in the layout of V.
  *
- * K and V differ in which of the two, position or dimension, runs along the lanes of a panel. So a square of 16 dimensions
+ * K and V differ in which of the two, position or dimension, is contiguous in a panel. So a square of 16 dimensions
  * and 16 positions, 256 numbers one after another in both, is transposed. Latent attention stores its latent once that
  * way: half the memory, and half of what a decode step reads, for a transposition in L1 of what is multiplied by all
  * query heads.

@@ -590,7 +590,7 @@ static enum fb_status check_factors(struct fb_program *p, const struct fb_check 
 }
 
 /* Records n columns that an operator writes. They follow those written before, or end where the written end of the
- * buffer begins; column 0 begins anew unless only that end was written. */
+ * buffer begins; a write to column 0 restarts unless only that end was written. */
 static enum fb_status fill_columns(const struct fb_check *c, struct fb_buffer *out, int32_t n) {
     const struct fb_op *op = c->op;
     const int64_t end = (int64_t)op->column + n;

@@ -58,7 +58,7 @@ struct part {
     size_t head, first_column, n_columns, first_row;
     size_t state_at, n_state; /* its numbers in the layer */
     const float *from;        /* its state before the present tile */
-    float *to;                /* and behind it */
+    float *to;                /* and after it */
 };
 
 static struct part part_of(

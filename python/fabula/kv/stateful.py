@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from typing import TYPE_CHECKING
@@ -24,8 +25,9 @@ class Stateful:
     trail: Trail | None
     _pages: list[int]
 
+    @abstractmethod
     def _visible(self, n_tokens: int) -> int:
-        raise NotImplementedError
+        """Defined by `kv.pages.Sequence`."""
 
     # ---- Steps ------------------------------------------------------------------------------------------------------
 

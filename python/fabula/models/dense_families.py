@@ -348,7 +348,7 @@ DENSE: Mapping[str, Family] = {
     ),
     # Hu et al. 2024.
     "minicpm": Family("MiniCPM", Traits(context_length=32768, tied=True, adapt=rules.minicpm)),
-    # Meta 2025: chunks, layers without rotation, norms of q and k behind it; mixtures in some layers or all.
+    # Meta 2025: chunks, layers without rotation, norms of q and k after rotation; experts in some layers or all.
     "llama4_text": Family(
         "Llama 4",
         Traits(

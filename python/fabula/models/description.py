@@ -184,7 +184,7 @@ class ShortConv:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeltaRule:
-    """A gated delta rule behind a short convolution of q, k and v, with a gated norm of its result (FB_OP_DELTA_RULE).
+    """A gated delta rule after a short convolution of q, k and v, with a gated norm of its result (FB_OP_DELTA_RULE).
 
     Attributes:
         n_k_heads, n_v_heads: heads of q and k, and of v; several v heads share a k head.
@@ -227,7 +227,7 @@ class DeltaRule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mamba2:
-    """A state space model behind a short convolution, with a gate of its result (FB_OP_SSM).
+    """A state space model after a short convolution, with a gate of its result (FB_OP_SSM).
 
     Attributes:
         n_heads, head_dim: of x, the gate and the result.
