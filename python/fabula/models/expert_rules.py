@@ -74,18 +74,24 @@ def qwen3(read: ConfigReader, n_layers: int) -> Layers:
     return sparse_steps(read, n_layers, experts)
 
 
-def qwen2(read: ConfigReader, n_layers: int) -> Layers:
-    """With shared experts behind a gate."""
-    n, chosen = counts(read, 60, 4)
-    router = Router(n_experts=n, n_chosen=chosen, renormalized=read.flag("norm_topk_prob", False))
+def with_gated_shared(
+    read: ConfigReader, n_layers: int, *, n_experts: int, n_chosen: int, size: int, shared: int, renormalized: bool
+) -> Layers:
+    """With shared experts behind a gate; the arguments are defaults of the config."""
+    n, chosen = counts(read, n_experts, n_chosen)
+    router = Router(n_experts=n, n_chosen=chosen, renormalized=read.flag("norm_topk_prob", renormalized))
     experts = Experts(
         router=router,
-        size=width(read, "moe_intermediate_size", 1408),
+        size=width(read, "moe_intermediate_size", size),
         activation=read_activation(read, "hidden_act", "silu"),
-        shared=width(read, "shared_expert_intermediate_size", 5632),
+        shared=width(read, "shared_expert_intermediate_size", shared),
         shared_gated=True,
     )
     return sparse_steps(read, n_layers, experts)
+
+
+def qwen2(read: ConfigReader, n_layers: int) -> Layers:
+    return with_gated_shared(read, n_layers, n_experts=60, n_chosen=4, size=1408, shared=5632, renormalized=False)
 
 
 def _of_groups(

@@ -12,7 +12,7 @@ from typing import Any
 from fabula.lean_dataclasses import replace
 from fabula.models.config import ConfigReader, Kinds, Traits, read_activation
 from fabula.models.description import DeltaRule, Experts, Mamba2, ModelConfig, Norm, Router, ShortConv
-from fabula.models.expert_rules import counts, sparse_steps, width
+from fabula.models.expert_rules import counts, width, with_gated_shared
 from fabula.models.family_rules import granite, mrope
 
 FULL, CONV, LINEAR = "full_attention", "conv", "linear_attention"
@@ -179,16 +179,7 @@ def gated(read: ConfigReader, c: ModelConfig) -> ModelConfig:
 
 def qwen3_next_experts(read: ConfigReader, n_layers: int) -> Sequence[Experts | None]:
     """As in Qwen2-MoE, with other defaults."""
-    n, chosen = counts(read, 512, 10)
-    router = Router(n_experts=n, n_chosen=chosen, renormalized=read.flag("norm_topk_prob", True))
-    experts = Experts(
-        router=router,
-        size=width(read, "moe_intermediate_size", 512),
-        activation=read_activation(read, "hidden_act", "silu"),
-        shared=width(read, "shared_expert_intermediate_size", 512),
-        shared_gated=True,
-    )
-    return sparse_steps(read, n_layers, experts)
+    return with_gated_shared(read, n_layers, n_experts=512, n_chosen=10, size=512, shared=512, renormalized=True)
 
 
 def qwen3_5_experts(read: ConfigReader, n_layers: int) -> Sequence[Experts | None]:
